@@ -1,0 +1,189 @@
+"""The contract between the core, the models and the neurons.
+
+Tokens are batch-first ``(B, S)``. State is explicit: a pytree (nested tuples, NamedTuples and dicts of tensors whose
+first dimension is the batch) that is passed in and returned, never kept in a module. The laws that every model and
+neuron obeys are tested by :mod:`spiking_lm.testing`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from spiking_lm.config import ModelConfig, NeuronConfig, SurrogateConfig
+from spiking_lm.graph import LMGraph
+from spiking_lm.records import SpikeKind
+
+State = Any
+"""A pytree of tensors; every tensor has the batch as its first dimension."""
+
+
+@dataclass(frozen=True)
+class SpikeSite:
+    """A place in the model that emits spikes: its name, what kind, and the ops of the graph that it feeds."""
+
+    name: str
+    kind: SpikeKind
+    feeds: tuple[str, ...] = ()
+
+
+@dataclass
+class LMOutput:
+    """What a model returns: ``logits (B, S, V)``, the state after the last token, and on request the spikes."""
+
+    logits: Tensor
+    state: State
+    spikes: dict[str, Tensor] | None = None
+    """Site name -> ``(B, S, N)``, when asked for."""
+    aux_losses: dict[str, Tensor] = field(default_factory=dict)
+    """Scalars that training adds to the cross-entropy."""
+
+
+class SpikingLanguageModel(nn.Module, ABC):
+    """A spiking language model. Subclasses take their config as the only constructor argument."""
+
+    config: ModelConfig
+    capabilities: frozenset[str] = frozenset({"lm"})
+
+    @abstractmethod
+    def init_state(
+        self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> State:
+        """Return the state before the first token, for ``batch_size`` independent sequences."""
+
+    @abstractmethod
+    def forward(self, tokens: Tensor, state: State | None = None, *, return_spikes: bool = False) -> LMOutput:
+        """Score ``tokens (B, S)``, going on from ``state`` (None: from the start of a text)."""
+
+    def step(self, token: Tensor, state: State) -> tuple[Tensor, State]:
+        """Feed one token per row, ``token (B,)``; return ``logits (B, V)`` and the next state."""
+        output = self(token[:, None], state)
+        return output.logits[:, 0], output.state
+
+    @abstractmethod
+    def spike_sites(self) -> list[SpikeSite]:
+        """List every place that emits spikes."""
+
+    @abstractmethod
+    def graph(self) -> LMGraph:
+        """Describe one token's computation as typed operations, for accounting and lowering."""
+
+    def classify(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Return class logits ``(B, num_classes)`` for right-padded ``tokens (B, S)`` with true ``lengths (B,)``."""
+        raise TypeError(f"{type(self).__name__} has no classification head (capabilities: {sorted(self.capabilities)})")
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Return optimizer groups: matrices decay, vectors (norms, mixes, decays, thresholds) do not."""
+        trainable = [p for p in self.parameters() if p.requires_grad]
+        matrices = [p for p in trainable if p.squeeze().ndim >= 2]
+        vectors = [p for p in trainable if p.squeeze().ndim < 2]
+        return [
+            {"params": matrices, "weight_decay": weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+
+
+@dataclass(frozen=True)
+class LIFDynamics:
+    """The declared dynamics of a leaky integrate-and-fire neuron, enough to choose a kernel or to lower it.
+
+    h_t = beta v_{t-1} + gain x_t (+ (1 - beta) v_reset when v_reset is not 0); s_t = [h_t ``compare`` threshold];
+    v_t = v_reset where s_t else h_t, or h_t - s_t threshold when ``v_reset`` is None (soft reset).
+    """
+
+    beta: float
+    gain: float
+    threshold: float
+    v_reset: float | None = 0.0
+    compare: str = ">="
+    surrogate: SurrogateConfig = SurrogateConfig()
+    detach_reset: bool = False
+
+
+class Neuron(nn.Module, ABC):
+    """A population of neurons along the sequence: one step is one token.
+
+    ``dynamics`` is set when :func:`spiking_lm.kernels.lif_scan` computes exactly what :meth:`step` does; ``forward``
+    then runs the kernel. Without it, ``forward`` scans :meth:`step`, which remains the definition either way.
+    """
+
+    spike_kind: ClassVar[SpikeKind] = "binary"
+    dynamics: LIFDynamics | None = None
+
+    def __init__(self, config: NeuronConfig, *, size: int | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.size = size
+
+    @abstractmethod
+    def init_state(
+        self, shape: tuple[int, ...], *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> State:
+        """Return the resting state of a population of ``shape``, usually ``(B, N)``."""
+
+    @abstractmethod
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """Advance one time step: input ``x (B, N)`` -> spikes ``(B, N)`` and the next state."""
+
+    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Run ``x (B, T, N)``; return spikes ``(B, T, N)`` and the state after the last step."""
+        if state is None:
+            state = self.init_state((x.shape[0], *x.shape[2:]), device=x.device, dtype=x.dtype)
+        if self.dynamics is not None:
+            return self._run_kernel(x, state, self.dynamics)
+        return self.scan(x, state)
+
+    def scan(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """Run :meth:`step` over ``x (B, T, N)``: the definition that a kernel must equal."""
+        spikes = []
+        for x_t in x.unbind(1):  # unbind, not x[:, t]: indexing under autograd costs O(T^2)
+            s_t, state = self.step(x_t, state)
+            spikes.append(s_t)
+        return torch.stack(spikes, 1) if spikes else torch.zeros_like(x), state
+
+    def _run_kernel(self, x: Tensor, state: State, dynamics: LIFDynamics) -> tuple[Tensor, State]:
+        from spiking_lm.kernels import lif_scan
+
+        spikes, v = lif_scan(
+            x.transpose(0, 1),
+            state,
+            beta=dynamics.beta,
+            gain=dynamics.gain,
+            threshold=dynamics.threshold,
+            v_reset=dynamics.v_reset,
+            compare=dynamics.compare,
+            surrogate=dynamics.surrogate,
+            detach_reset=dynamics.detach_reset,
+            final_only=True,
+        )
+        return spikes.transpose(0, 1), v
+
+
+def map_state(function: Callable[[Tensor], Tensor], state: State) -> State:
+    """Apply ``function`` to every tensor of a state, keeping its structure."""
+    if isinstance(state, Tensor):
+        return function(state)
+    if isinstance(state, dict):
+        return {key: map_state(function, value) for key, value in state.items()}
+    if isinstance(state, tuple) and hasattr(state, "_fields"):
+        return type(state)(*(map_state(function, value) for value in state))
+    if isinstance(state, (tuple, list)):
+        return type(state)(map_state(function, value) for value in state)
+    if state is None:
+        return None
+    raise TypeError(f"a state holds tensors in tuples, lists and dicts, not {type(state).__name__}")
+
+
+def detach_state(state: State) -> State:
+    """Return the state cut off from the graph, for carrying it from one training chunk to the next."""
+    return map_state(Tensor.detach, state)
+
+
+def select_rows(state: State, rows: Tensor) -> State:
+    """Return the state of some rows of the batch, ``rows`` being an index tensor."""
+    return map_state(lambda tensor: tensor[rows], state)

@@ -1,0 +1,174 @@
+"""The records that plugins hand to the host: frozen, and free of heavy imports.
+
+A record names what it offers and where it lives (``"package.module:attribute"``), so that listing everything that is
+installed imports neither torch nor any SNN framework. The target is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from spiking_lm.errors import PluginError
+
+SpikeKind = Literal["binary", "ternary", "integer", "graded"]
+"""What a spike site emits: {0,1}; {-1,0,1}; small integers; or real-valued events."""
+
+_TARGET = re.compile(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")
+_NAME = re.compile(r"^[a-z0-9][a-z0-9_.\-/]*$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """Base of all records: a registry name, a one-line summary, and the extra that its targets need."""
+
+    kind: ClassVar[str]
+    targets: ClassVar[tuple[str, ...]] = ()
+    """Names of the fields that hold ``"module:attribute"`` targets."""
+
+    name: str
+    summary: str = ""
+    extra: str | None = None
+    """The optional-dependency group to install, e.g. ``"spikegpt"``; None when the core suffices."""
+    requires: tuple[str, ...] = ()
+    """Import names that must be installed for the targets to work; checked without importing them."""
+
+    def __post_init__(self) -> None:
+        if not _NAME.match(self.name):
+            raise PluginError(
+                f"{type(self).__name__}: bad name {self.name!r}",
+                hint="use lower-case letters, digits and . _ - / and begin with a letter or digit",
+            )
+        for field in self.targets:
+            value = getattr(self, field)
+            if value is not None and not _TARGET.match(value):
+                raise PluginError(
+                    f"{type(self).__name__} {self.name!r}: field {field!r} is {value!r}",
+                    hint="write it as 'package.module:attribute'",
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec(Record):
+    """A language model: its configuration class (torch-free module) and the model class built from it."""
+
+    kind = "models"
+    targets = ("config", "factory", "importer")
+    config: str
+    """A :class:`spiking_lm.config.ModelConfig` subclass."""
+    factory: str
+    """A :class:`spiking_lm.interfaces.SpikingLanguageModel` subclass, called with the config."""
+    importer: str | None = None
+    """``f(state_dict, **config) -> model`` for the paper's own state-dict keys."""
+    paper: str = ""
+    capabilities: frozenset[str] = frozenset({"lm"})
+    """Any of ``lm`` (causal), ``classify``, ``mlm``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeuronSpec(Record):
+    """A neuron model: its configuration class (torch-free module) and the module class built from it."""
+
+    kind = "neurons"
+    targets = ("config", "factory")
+    config: str
+    """A :class:`spiking_lm.config.NeuronConfig` subclass."""
+    factory: str
+    """A :class:`spiking_lm.interfaces.Neuron` subclass, called as ``factory(config, size=...)``."""
+    spike_kind: SpikeKind = "binary"
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelSpec(Record):
+    """One implementation of a declared op; ``name`` is ``"<op>/<implementation>"``, e.g. ``"lif_scan/torch"``."""
+
+    kind = "kernels"
+    targets = ("implementation", "available", "supports")
+    implementation: str
+    """A callable with the op's signature."""
+    available: str | None = None
+    """``f() -> True | str``: can it run on this machine, or why not; None means always."""
+    supports: str | None = None
+    """``f(*args, **kwargs) -> True | str`` with the op's signature; None means every argument."""
+    priority: int = 0
+    """The highest available and supporting implementation runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSpec(Record):
+    """A dataset: ``config`` describes its options, ``factory(config)`` returns a corpus or a labelled set."""
+
+    kind = "datasets"
+    targets = ("config", "factory")
+    config: str
+    """A :class:`spiking_lm.config.DatasetConfig` subclass."""
+    factory: str
+    task: Literal["text", "classification"] = "text"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerSpec(Record):
+    """A tokenizer: ``factory(config, texts)`` where ``texts`` iterates over the training text."""
+
+    kind = "tokenizers"
+    targets = ("config", "factory")
+    config: str
+    """A :class:`spiking_lm.config.TokenizerConfig` subclass."""
+    factory: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeSpec(Record):
+    """One shipped recipe file; ``name`` is ``"<plugin>/<recipe>"``."""
+
+    kind = "recipes"
+    path: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricSpec(Record):
+    """An evaluation metric: ``f(scores) -> dict[str, float]``, see :mod:`spiking_lm.evaluation`."""
+
+    kind = "metrics"
+    targets = ("function",)
+    function: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConverterSpec(Record):
+    """A converter: ``f(source: Path, **options) -> SpikingLanguageModel``; ``sniff(source) -> bool`` recognises its files."""
+
+    kind = "converters"
+    targets = ("sniff", "convert")
+    sniff: str
+    convert: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandSpec(Record):
+    """A command-line verb: ``function`` is a typer command function."""
+
+    kind = "commands"
+    targets = ("function",)
+    function: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorSpec(Record):
+    """A health check: ``function() -> list[spiking_lm.records.Finding]``."""
+
+    kind = "doctor"
+    targets = ("function",)
+    function: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of ``spiking-lm doctor``: what was looked at, how it stands, and the command that mends it."""
+
+    check: str
+    status: Literal["ok", "warn", "fail"]
+    message: str
+    hint: str | None = None
