@@ -1,3 +1,42 @@
 """The core's own plugin: neurons, kernels, datasets, tokenizers, metrics, recipes and checks that need no extra."""
 
 from __future__ import annotations
+
+from spiking_lm.hookspecs import Register, hookimpl
+from spiking_lm.records import DatasetSpec, TokenizerSpec
+
+
+@hookimpl
+def spiking_lm_datasets(register: Register) -> None:
+    """Register the embedded corpora and the loaders of users' own files."""
+    for name, config, factory, task, summary in (
+        ("austen3", "EmbeddedConfig", "corpora:austen3", "text", "three novels by Jane Austen, embedded (1.6 MB)"),
+    ):
+        register(
+            DatasetSpec(
+                name=name,
+                config=f"spiking_lm.data.configs:{config}",
+                factory=f"spiking_lm.data.{factory}",
+                task=task,
+                summary=summary,
+            )
+        )
+
+
+@hookimpl
+def spiking_lm_tokenizers(register: Register) -> None:
+    """Register bytes, characters, trained byte-pair encoding and Hugging Face files."""
+    for name, config, factory, summary in (
+        ("byte", "ByteConfig", "ByteTokenizer", "one token per UTF-8 byte"),
+        ("char", "CharConfig", "CharTokenizer", "one token per character of the training text"),
+        ("bpe", "BPEConfig", "train_bpe", "byte-level BPE, trained on the training text"),
+        ("file", "FileConfig", "read_tokenizer_file", "any Hugging Face tokenizer.json"),
+    ):
+        register(
+            TokenizerSpec(
+                name=name,
+                config=f"spiking_lm.data.configs:{config}",
+                factory=f"spiking_lm.data.tokenizers:{factory}",
+                summary=summary,
+            )
+        )

@@ -1,0 +1,132 @@
+"""What a dataset is, before and after tokenization."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+from spiking_lm.data.sources import TextSource
+from spiking_lm.data.tokenizers import Tokenizer, Tokens
+
+SPLITS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True)
+class TextCorpus:
+    """What the factory of a text dataset returns: three texts."""
+
+    train: TextSource
+    valid: TextSource
+    test: TextSource
+
+
+@dataclass(frozen=True)
+class TokenCorpus:
+    """What the factory of an already tokenized dataset returns: three arrays of ids, memory-mapped or not."""
+
+    train: Tokens
+    valid: Tokens
+    test: Tokens
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """A labelled text; ``label`` indexes the set's ``labels``."""
+
+    text: str
+    label: int
+
+
+@dataclass(frozen=True)
+class LabelledCorpus:
+    """What the factory of a classification dataset returns."""
+
+    labels: list[str]
+    train: list[Example]
+    valid: list[Example]
+    test: list[Example]
+    """May be empty when the published test set has no labels."""
+
+
+@dataclass(frozen=True)
+class TokenSplit:
+    """One split of a tokenized text, and how much text its tokens stand for."""
+
+    tokens: Tokens
+    n_bytes: int
+    """UTF-8 bytes of the text: what bits per byte divide by, whatever the tokenizer."""
+    n_chars: int
+    sha256: str = ""
+    """Of the text."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class TextData:
+    """A tokenized corpus, ready for training and evaluation."""
+
+    name: str
+    tokenizer: Tokenizer
+    train: TokenSplit
+    valid: TokenSplit
+    test: TokenSplit
+    sha256: str
+    """Identity of the three texts and of the tokenizer."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return the JSON-able summary that manifests and reports show."""
+        splits = {name: getattr(self, name) for name in SPLITS}
+        return {
+            "dataset": self.name,
+            "task": "text",
+            "sha256": self.sha256,
+            "tokenizer": _describe_tokenizer(self.tokenizer),
+            "splits": {
+                name: {"tokens": len(split), "bytes": split.n_bytes, "chars": split.n_chars, "sha256": split.sha256}
+                for name, split in splits.items()
+            },
+        }
+
+
+@dataclass(frozen=True)
+class LabelledData:
+    """A labelled set and the tokenizer to read it with."""
+
+    name: str
+    tokenizer: Tokenizer
+    labels: list[str]
+    train: list[Example] = field(repr=False)
+    valid: list[Example] = field(repr=False)
+    test: list[Example] = field(repr=False)
+    sha256: str
+    """Identity of the examples, their order and the tokenizer."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return the JSON-able summary that manifests and reports show."""
+        return {
+            "dataset": self.name,
+            "task": "classification",
+            "sha256": self.sha256,
+            "tokenizer": _describe_tokenizer(self.tokenizer),
+            "labels": self.labels,
+            "splits": {
+                name: {
+                    "examples": len(getattr(self, name)),
+                    "per_label": [sum(e.label == i for e in getattr(self, name)) for i in range(len(self.labels))],
+                }
+                for name in SPLITS
+            },
+        }
+
+
+def _describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+    return {"type": tokenizer.type, "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256}
+
+
+def joint_hash(*parts: str) -> str:
+    """Return one SHA-256 for several."""
+    return hashlib.sha256("\n".join(parts).encode("utf-8")).hexdigest()
