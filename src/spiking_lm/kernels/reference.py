@@ -1,0 +1,133 @@
+"""The definition of every op: one obvious loop, any floating dtype, gradients by autograd.
+
+Slow on purpose. Every other implementation is tested against these functions, gradients and states included.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spiking_lm.config import SurrogateConfig
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """Return the dtype that recurrent state is kept in: float64 when an input is float64, else float32."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def surrogate_gradient(u: Tensor, surrogate: SurrogateConfig) -> Tensor:
+    """Return the surrogate derivative ds/dh at the distance ``u = h - threshold``.
+
+    ========================  =========================================
+    ``atan``                  (alpha/2) / (1 + (pi/2 alpha u)^2)
+    ``fast_sigmoid``          1 / (1 + alpha |u|)^2
+    ``sigmoid``               alpha sigma(alpha u) (1 - sigma(alpha u))
+    ``triangle``              alpha max(0, 1 - alpha |u|)
+    ========================  =========================================
+
+    ``atan``, ``sigmoid`` and ``triangle`` enclose an area of 1; ``fast_sigmoid`` has height 1, as is usual for it.
+    """
+    alpha = surrogate.alpha
+    if surrogate.name == "atan":
+        return (alpha / 2) / (1 + (math.pi / 2 * alpha * u) ** 2)
+    if surrogate.name == "fast_sigmoid":
+        return 1 / (1 + alpha * u.abs()) ** 2
+    if surrogate.name == "sigmoid":
+        # exp(-|z|) / (1 + exp(-|z|))^2 cannot overflow, and equals sigma(z) (1 - sigma(z)).
+        e = torch.exp(-(alpha * u).abs())
+        return alpha * e / (1 + e) ** 2
+    return alpha * (1 - alpha * u.abs()).clamp(min=0)
+
+
+class _Spike(torch.autograd.Function):
+    """The step function whose derivative is replaced by a surrogate."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, threshold: float, compare: str, surrogate: SurrogateConfig) -> Tensor:
+        ctx.save_for_backward(h)
+        ctx.threshold, ctx.surrogate = threshold, surrogate
+        fires = h >= threshold if compare == ">=" else h > threshold
+        return fires.to(h.dtype) + 0 * h  # 0 * h: a membrane that is not finite must not pass for a silent one
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (h,) = ctx.saved_tensors
+        return grads[0] * surrogate_gradient(h - ctx.threshold, ctx.surrogate), None, None, None
+
+
+def spike(h: Tensor, threshold: float, compare: str = ">=", surrogate: SurrogateConfig | None = None) -> Tensor:
+    """Return ``[h compare threshold]`` in the dtype of ``h``, with the surrogate as its derivative."""
+    spikes: Tensor = _Spike.apply(h, threshold, compare, surrogate or SurrogateConfig())  # type: ignore[no-untyped-call]
+    return spikes
+
+
+def lif_scan(
+    x: Tensor,
+    v0: Tensor | None = None,
+    *,
+    beta: float,
+    gain: float,
+    threshold: float,
+    v_reset: float | None = 0.0,
+    compare: str = ">=",
+    surrogate: SurrogateConfig,
+    detach_reset: bool = False,
+    final_only: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Run leaky integrate-and-fire neurons over time; see :func:`spiking_lm.kernels.lif_scan`."""
+    dtype = compute_dtype(x, v0)
+    v = torch.zeros_like(x[0], dtype=dtype) if v0 is None else v0.to(dtype)
+    drift = 0.0 if v_reset is None else (1 - beta) * v_reset
+    spikes, membranes = [], []
+    for x_t in x.to(dtype).unbind(0):
+        h = beta * v + gain * x_t + drift
+        s = spike(h, threshold, compare, surrogate)
+        fired = s.detach() if detach_reset else s
+        v = h - threshold * fired if v_reset is None else (1 - fired) * h + fired * v_reset
+        spikes.append(s)
+        membranes.append(v)
+    return torch.stack(spikes).to(x.dtype), v if final_only else torch.stack(membranes)
+
+
+WKVState = tuple[Tensor, Tensor, Tensor]
+
+
+def wkv(
+    time_decay: Tensor, time_first: Tensor, k: Tensor, v: Tensor, state: WKVState | None = None
+) -> tuple[Tensor, WKVState]:
+    """Run the RWKV-4 recurrence over time; see :func:`spiking_lm.kernels.wkv`."""
+    dtype = compute_dtype(k, v)
+    w, u = -torch.exp(time_decay.to(dtype)), time_first.to(dtype)
+    p, q, o = (s.to(dtype) for s in state or empty_wkv_state(k, dtype))
+    outputs = []
+    for k_t, v_t in zip(k.to(dtype).unbind(1), v.to(dtype).unbind(1), strict=True):
+        y, p, q, o = wkv_step(w, u, k_t, v_t, p, q, o)
+        outputs.append(y)
+    return torch.stack(outputs, 1).to(v.dtype), (p, q, o)
+
+
+def wkv_step(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, p: Tensor, q: Tensor, o: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Advance one token, all ``(B, C)``: return ``(y, p, q, o)``; ``w = -exp(time_decay)``.
+
+    ``p exp(o)`` and ``q exp(o)`` are the decayed sums of ``exp(k) v`` and ``exp(k)``. The exponent ``o`` is chosen for
+    range alone: ``y`` does not depend on it, hence the ``detach``.
+    """
+    bonus = u + k
+    m = torch.maximum(o, bonus).detach()
+    past, now = torch.exp(o - m), torch.exp(bonus - m)
+    y = (past * p + now * v) / (past * q + now)
+    m = torch.maximum(w + o, k).detach()
+    past, now = torch.exp(w + o - m), torch.exp(k - m)
+    return y, past * p + now * v, past * q + now, m
+
+
+def empty_wkv_state(k: Tensor, dtype: torch.dtype) -> WKVState:
+    """Return the state before the first token for ``k (B, T, C)``: nothing summed, the smallest exponent."""
+    zeros = k.new_zeros((k.shape[0], k.shape[2]), dtype=dtype)
+    return zeros, zeros, torch.full_like(zeros, -1e38)
