@@ -78,8 +78,16 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
+def remove(path: str | os.PathLike[str]) -> None:
+    """Remove a file or a folder so that it is never seen half removed."""
+    target = _real(path)
+    with _temporary(target) as temporary:
+        os.rename(target, temporary)
+
+
 def clean_leftovers(folder: Path) -> None:
     """Remove what killed processes of this machine left in ``folder``; put back a folder caught in its replacement."""
+    folder = _real(folder)
     for entry in list(os.scandir(folder)):
         match = _TEMPORARY.match(entry.name)
         if match is None or match["host"] != _HOST or Path(entry.path) in _in_use or _is_running(int(match["pid"])):
