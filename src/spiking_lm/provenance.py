@@ -9,6 +9,7 @@ import re
 import sys
 import traceback
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 import pluggy
@@ -152,7 +153,7 @@ def describe(err: BaseException) -> str:
         text = f"it called sys.exit({'' if err.code is None else repr(err.code)})"
     else:
         text = ": ".join(filter(None, [type(err).__name__, " ".join(str(err).split())[:400]]))
-    frames = [frame for frame in traceback.extract_tb(err.__traceback__) if not _is_machinery(frame.filename)]
+    frames = [frame for frame in traceback.extract_tb(err.__traceback__) if not frame.filename.startswith(_MACHINERY)]
     if frames and not isinstance(err, SyntaxError):  # a SyntaxError names its own place
         text += f" ({frames[-1].filename}, line {frames[-1].lineno})"
     return text
@@ -168,14 +169,15 @@ def top_level(module: str) -> str:
     return re.split(r"[.:]", module)[0]
 
 
-_MACHINERY = (__file__, importlib.__file__, importlib.metadata.__file__, pluggy.__file__.rpartition("__init__")[0])
-
-
-def _is_machinery(filename: str) -> bool:
-    """True for files between us and the plugin, which say nothing of where it went wrong."""
-    return filename.startswith(("<", *_MACHINERY)) or filename.endswith(
-        ("spiking_lm/registry.py", "spiking_lm\\registry.py")
-    )
+_MACHINERY = (
+    "<",
+    __file__,
+    str(Path(__file__).with_name("registry.py")),
+    importlib.__file__,
+    importlib.metadata.__file__,
+    str(Path(pluggy.__file__).parent),
+)
+"""Beginnings of the names of files between us and a plugin, which say nothing of where it went wrong."""
 
 
 def _is_python(need: str) -> bool:

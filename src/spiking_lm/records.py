@@ -33,7 +33,7 @@ class Record:
     extra: str | None = None
     """The optional-dependency group to install, e.g. ``"spikegpt"``; None when the core suffices."""
     requires: tuple[str, ...] = ()
-    """Import names that must be installed for the targets to work; checked without importing them."""
+    """What the targets need: import names, looked for without importing them, and Python versions (``"python<3.11"``)."""
 
     def __post_init__(self) -> None:
         if not _NAME.match(self.name):
