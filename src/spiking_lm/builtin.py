@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from spiking_lm.hookspecs import Register, hookimpl
-from spiking_lm.records import DatasetSpec, TokenizerSpec
+from spiking_lm.records import DatasetSpec, NeuronSpec, TokenizerSpec
 
 
 @hookimpl
@@ -40,3 +40,16 @@ def spiking_lm_tokenizers(register: Register) -> None:
                 summary=summary,
             )
         )
+
+
+@hookimpl
+def spiking_lm_neurons(register: Register) -> None:
+    """Register the neuron that needs no framework."""
+    register(
+        NeuronSpec(
+            name="lif",
+            summary="leaky integrate-and-fire in plain PyTorch",
+            config="spiking_lm.config:LIFConfig",
+            factory="spiking_lm.neurons:LIF",
+        )
+    )
