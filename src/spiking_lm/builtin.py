@@ -53,3 +53,14 @@ def spiking_lm_neurons(register: Register) -> None:
             factory="spiking_lm.neurons:LIF",
         )
     )
+
+
+@hookimpl
+def spiking_lm_recipes(register: Register) -> None:
+    """Register the shipped recipes: ``spiking_lm/_recipes`` in a wheel, ``recipes/`` of the repository when editable."""
+    package = Path(__file__).parent
+    folder = package / "_recipes"
+    if not folder.is_dir() and (package.parents[1] / "pyproject.toml").is_file():
+        folder = package.parents[1] / "recipes"
+    for path in sorted(folder.rglob("*.yaml")):
+        register(RecipeSpec(name=path.relative_to(folder).with_suffix("").as_posix(), path=path))

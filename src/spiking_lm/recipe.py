@@ -1,12 +1,36 @@
-"""Recipes: the schema of one run, as data."""
+"""Recipes: the schema of one run, as data, and how a recipe is found, extended, overridden and checked.
+
+Nothing here imports torch, and nothing that a recipe says is ever imported, evaluated or expanded: every ``type`` is a
+name that an installed plugin registered.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import copy
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_validator
 
-from spiking_lm.config import StrictModel
+from spiking_lm import registry, safeyaml
+from spiking_lm.config import StrictModel, parse_config
+from spiking_lm.errors import PluginError, RecipeError, SpikingLMError, UnknownNameError, did_you_mean
+
+_SAFE_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.\-]*(/[A-Za-z0-9][A-Za-z0-9_.\-]*)*$")
+
+_SLOTS = {
+    ("data",): "datasets",
+    ("data", "tokenizer"): "tokenizers",
+    ("model",): "models",
+    ("model", "neuron"): "neurons",
+}
+"""Where a recipe names something registered: ``type`` chooses it, and its configuration class checks the other keys."""
+
+_FROM_DATA = ("vocab_size", "num_classes")
+"""Fields of a model that the data decides when the recipe leaves them out."""
 
 
 class OptimizerConfig(StrictModel):
@@ -82,7 +106,7 @@ class GenerateConfig(StrictModel):
     top_p: float = Field(default=1.0, gt=0, le=1)
     """1.0 means no cut."""
     seed: int = 0
-    stop: list[str] = []
+    stop: list[str] = Field(default=[])
 
 
 class ExplainConfig(StrictModel):
@@ -98,13 +122,17 @@ class ReportConfig(StrictModel):
     """Tokens shown in the spike raster."""
 
 
+STAGES = ("train", "evaluate", "generate", "explain", "report")
+"""The stages that a recipe may have or lack, in the order in which they run."""
+
+
 class Recipe(StrictModel):
     """One run: the stages that are present run in this order."""
 
     schema_version: Literal[1] = Field(alias="schema")
     name: str
     description: str = ""
-    requires: list[str] = []
+    requires: list[str] = Field(default=[])
     """Plugins that must be active."""
     seed: int = Field(default=0, ge=0)
     data: dict[str, Any]
@@ -116,3 +144,371 @@ class Recipe(StrictModel):
     generate: GenerateConfig | None = None
     explain: ExplainConfig | None = None
     report: ReportConfig | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _safe_name(cls, name: str) -> str:
+        if not _SAFE_NAME.match(name) or len(name) > 100 or name.endswith(".yaml"):
+            raise ValueError("a name becomes a folder: use letters, digits and . _ - in parts joined by /")
+        return name
+
+    def to_yaml(self) -> str:
+        """Return the recipe as YAML that :func:`load_recipe` reads back to an equal one."""
+        document = self.model_dump(mode="json", by_alias=True)
+        return safeyaml.dump({key: value for key, value in document.items() if key not in STAGES or value is not None})
+
+
+Overrides = Mapping[str, Any] | Iterable[str]
+"""``{"train.steps": 10}`` or ``["train.steps=10"]``."""
+
+
+def load_recipe(path_or_name: str | Path, overrides: Overrides = ()) -> Recipe:
+    """Load a recipe file (a path, or text ending in .yaml) or a registered recipe, apply overrides, and check it all.
+
+    The configurations of model, neuron, dataset and tokenizer are checked too, and their defaults filled in.
+    Raises: RecipeError naming file and field; UnknownNameError for a name that no plugin registered; PluginError when a
+    plugin that the recipe requires is not active; MissingExtraError.
+    """
+    path = find_recipe(path_or_name)
+    return resolve(_read_extended(path), overrides, where=f"recipe {path_or_name}")
+
+
+def resolve(document: dict[str, Any], overrides: Overrides = (), *, where: str = "recipe") -> Recipe:
+    """Check a recipe given as plain data, with overrides; see :func:`load_recipe`."""
+    document = copy.deepcopy(document)
+    for path, value in _in_order(overrides):
+        _override(document, path, value)
+    _check_required_plugins(document.get("requires"), where)
+    recipe = parse_config(Recipe, document, where=where, error=RecipeError)
+    return recipe.model_copy(
+        update={"data": _check_data(recipe.data, where), "model": _check_model(recipe.model, where)}
+    )
+
+
+def find_recipe(path_or_name: str | Path) -> Path:
+    """Return the file of a recipe: a path as it is, a name through the registry."""
+    text = str(path_or_name)
+    if isinstance(path_or_name, Path) or text.endswith((".yaml", ".yml")):
+        return Path(path_or_name)
+    try:
+        path: Path = registry.get("recipes", text).spec.path
+    except UnknownNameError as error:
+        if Path(text).exists() or text.startswith((".", "/", "~")):
+            error.hint = "a name is looked up among the installed recipes; the name of a file ends in .yaml"
+        raise
+    return path
+
+
+@dataclasses.dataclass(frozen=True)
+class RecipeInfo:
+    """An installed recipe, as ``spiking-lm recipes ls`` shows it."""
+
+    name: str
+    path: Path
+    plugin: str
+    description: str = ""
+    model: str = ""
+    data: str = ""
+    stages: tuple[str, ...] = ()
+    extras: tuple[str, ...] = ()
+    """Optional dependencies that are missing here and that it needs."""
+    error: str | None = None
+    """Why it cannot be loaded."""
+
+
+def recipes() -> list[RecipeInfo]:
+    """List the installed recipes, spiking-lm's own and those of plugins, sorted by name."""
+    return [_describe(name, entry) for name, entry in registry.all("recipes").items()]
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema of recipes, with what is installed now, for editors that check YAML."""
+    schema = Recipe.model_json_schema()
+    definitions = schema["$defs"]
+    for path, kind in _SLOTS.items():
+        slots_below = {below[-1]: other for below, other in _SLOTS.items() if below[:-1] == path}
+        options = []
+        for name, entry in registry.all(kind).items():
+            if entry.missing():
+                continue
+            option = entry.load("config").model_json_schema()
+            definitions.update(option.pop("$defs", {}))
+            properties = {"type": {"const": name}, **option.get("properties", {})}
+            for field, other in slots_below.items():
+                if field in properties or path == ("data",):
+                    properties[field] = {"$ref": f"#/$defs/{other}"}
+            required = [field for field in option.get("required", ()) if field not in _FROM_DATA]
+            options.append({**option, "properties": properties, "required": ["type", *required]})
+        definitions[kind] = {"oneOf": options}
+    for path, kind in _SLOTS.items():
+        if len(path) == 1:
+            schema["properties"][path[0]] = {"$ref": f"#/$defs/{kind}"}
+    schema["properties"]["extends"] = {"type": "string", "description": "The recipe that this one changes."}
+    schema["required"] = ["name"]  # the rest may come from the recipe that is extended
+    return schema
+
+
+def split_type(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Split ``{"type": "x", ...}`` into the name and the other keys."""
+    return config["type"], {key: value for key, value in config.items() if key != "type"}
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _read_extended(path: Path) -> dict[str, Any]:
+    """Read a recipe file and, when it extends another, merge it over that one."""
+    document = safeyaml.read(path)
+    if "extends" not in document:
+        return document
+    base_name = document.pop("extends")
+    where = f"recipe {path}, extends"
+    if not isinstance(base_name, str):
+        raise RecipeError(f"{where}: expected the name of one recipe, got {base_name!r}")
+    if base_name.endswith((".yaml", ".yml")):
+        base_path = path.parent / base_name
+        if (
+            Path(base_name).name != base_name
+            or "\\" in base_name
+            or base_path.resolve().parent != path.parent.resolve()
+        ):
+            raise RecipeError(
+                f"{where}: {base_name!r} is not a file in the same folder", hint="name an installed recipe"
+            )
+    else:
+        base_path = find_recipe(base_name)
+    base = safeyaml.read(base_path)
+    if "extends" in base:
+        raise RecipeError(
+            f"{where}: {base_name!r} itself extends {base['extends']!r}",
+            hint="only one level is allowed: extend the original, or copy it",
+        )
+    return _merge(base, document)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Lay ``over`` on ``base``, mapping by mapping; a mapping with another ``type`` takes nothing from the base's."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = base.get(key)
+        if isinstance(value, dict) and isinstance(below, dict) and value.get("type") in (None, below.get("type")):
+            merged[key] = _merge(below, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _describe(name: str, entry: registry.Registered) -> RecipeInfo:
+    info = RecipeInfo(name, entry.spec.path, entry.plugin.name)
+    try:
+        document = _read_extended(entry.spec.path)
+    except SpikingLMError as error:
+        return dataclasses.replace(info, error=error.message)
+    extras: dict[str, None] = {}
+    for path, kind in _SLOTS.items():
+        type_name = _at(document, (*path, "type"))
+        used = registry.all(kind).get(str(type_name))
+        if used is not None and used.missing() and used.spec.extra:
+            extras[used.spec.extra] = None
+    return dataclasses.replace(
+        info,
+        description=str(document.get("description", "")),
+        model=str(_at(document, ("model", "type")) or ""),
+        data=str(_at(document, ("data", "type")) or ""),
+        stages=tuple(stage for stage in STAGES if document.get(stage) is not None),
+        extras=tuple(extras),
+    )
+
+
+def _at(document: Any, path: Iterable[str]) -> Any:
+    for key in path:
+        document = document.get(key) if isinstance(document, dict) else None
+    return document
+
+
+# -- checking ---------------------------------------------------------------------------------------------------------
+
+
+def _check_required_plugins(names: Any, where: str) -> None:
+    """Say that a plugin is missing before saying that its names are unknown."""
+    found = {record.name: record for record in registry.plugins()}
+    for name in names if isinstance(names, list) else ():
+        record = found.get(str(name))
+        if record is None:
+            hint = did_you_mean(str(name), found) or f"install the distribution that offers it, e.g. spiking-lm-{name}"
+            raise PluginError(f"{where}: needs the plugin {name!r}, which is not installed", hint=hint)
+        if record.status != "active":
+            raise PluginError(
+                f"{where}: needs the plugin {name!r}, which is {record.status}: {record.error}", hint=record.hint
+            )
+
+
+def _check_data(data: dict[str, Any], where: str) -> dict[str, Any]:
+    values = {"tokenizer": {"type": "byte"}, **data}
+    tokenizer = values.pop("tokenizer")
+    return {**_check_slot(("data",), values, where), "tokenizer": _check_slot(("data", "tokenizer"), tokenizer, where)}
+
+
+def _check_model(model: dict[str, Any], where: str) -> dict[str, Any]:
+    checked = _check_slot(("model",), model, where)
+    if isinstance(checked.get("neuron"), dict):
+        checked["neuron"] = _check_slot(("model", "neuron"), checked["neuron"], where)
+    return checked
+
+
+def _check_slot(path: tuple[str, ...], values: Any, where: str) -> dict[str, Any]:
+    """Return ``values`` completed with the defaults of the configuration class that its ``type`` names."""
+    where = f"{where}: {'.'.join(path)}"
+    if not isinstance(values, dict):
+        raise RecipeError(f"{where}: expected a mapping with a 'type', got {values!r}")
+    if not isinstance(values.get("type"), str):
+        known = ", ".join(registry.all(_SLOTS[path]))
+        raise RecipeError(f"{where}: the field 'type' is missing", hint=f"choose one of: {known}")
+    name, rest = split_type(values)
+    cls = _config_class(_SLOTS[path], name, where)
+    standing_in = {field: 2 for field in _FROM_DATA if field in cls.model_fields and rest.get(field) is None}
+    config = parse_config(cls, {**rest, **standing_in}, where=where, error=RecipeError)
+    return {"type": name, **config.model_dump(mode="json", exclude=set(standing_in))}
+
+
+def _config_class(kind: str, name: str, where: str) -> type[StrictModel]:
+    try:
+        cls: type[StrictModel] = registry.get(kind, name).load("config")
+    except UnknownNameError as error:
+        error.message = f"{where}.type: {error.message}"
+        if "." in name or ":" in name:
+            error.hint = f"{error.hint}. A type is a registered name; dotted paths are never imported"
+        error.args = (error.message,)
+        raise
+    return cls
+
+
+# -- overriding -------------------------------------------------------------------------------------------------------
+
+
+def _in_order(overrides: Overrides) -> list[tuple[tuple[str, ...], Any]]:
+    """Return (path, value) pairs, choices of a ``type`` first: they decide which other paths exist."""
+    pairs: list[tuple[tuple[str, ...], Any]] = []
+    if isinstance(overrides, Mapping):
+        pairs = list(_flatten((), overrides))
+    else:
+        for text in [overrides] if isinstance(overrides, str) else overrides:
+            key, equals, value = text.partition("=")
+            if not equals or not all(key.strip().split(".")):
+                raise RecipeError(f"--set {text!r}: cannot be understood", hint="write --set path.to.field=value")
+            pairs.append((tuple(key.strip().split(".")), _Written(value)))
+    return sorted(pairs, key=lambda pair: len(pair[0]) if pair[0][-1] == "type" else 1000)
+
+
+def _flatten(prefix: tuple[str, ...], values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key, value in values.items():
+        path = (*prefix, *str(key).split("."))
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(path, value)
+        else:
+            yield path, value
+
+
+class _Written(str):
+    """A value as it was typed, still to be read by the type of its field."""
+
+
+def _typed(annotation: Any, text: str, dotted: str) -> Any:
+    """Read typed text as YAML where that suits the field, else as it is: a prompt may be ``no`` or ``12``."""
+    try:
+        value = safeyaml.parse(text, where=f"--set {dotted}")
+    except RecipeError:
+        value = text
+    problem = ""
+    for candidate in (value, text):
+        try:
+            TypeAdapter(annotation).validate_python(candidate)
+        except ValidationError as error:  # noqa: PERF203
+            problem = problem or error.errors()[0]["msg"]
+        else:
+            return candidate
+    raise RecipeError(f"--set {dotted}={text}: {problem[:1].lower()}{problem[1:]}")
+
+
+def _override(document: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    dotted = ".".join(path)
+    annotation = _annotation(document, path)
+    if isinstance(value, _Written):
+        value = _typed(annotation, str(value), dotted)
+    here = document
+    for depth, key in enumerate(path[:-1], 1):
+        if not isinstance(here.get(key), dict):
+            here[key] = _default(document, path[:depth])
+        here = here[key]
+    if path[-1] == "type" and path[:-1] in _SLOTS and here.get("type") != value:
+        # A new type keeps only what it knows too; `--set model.neuron.type=x` need not spell out what to drop.
+        known = _fields(path[:-1], str(value), f"--set {'.'.join(path[:-1])}")
+        for key in [key for key in here if key not in known]:
+            del here[key]
+    here[path[-1]] = value
+
+
+def _annotation(document: dict[str, Any], path: tuple[str, ...]) -> Any:
+    """Return the type of the field at ``path`` (Any where the schema leaves it open); if none, name near ones."""
+    annotation: Any = Recipe
+    for depth, key in enumerate(path):
+        fields = _fields_below(document, path[:depth], annotation)
+        if fields is None:
+            return Any
+        if key not in fields:
+            raise RecipeError(
+                f"--set {'.'.join(path)}: unknown field {key!r}", hint=_near(document, path, depth, fields)
+            )
+        annotation = fields[key]
+    return annotation
+
+
+def _fields_below(document: dict[str, Any], path: tuple[str, ...], annotation: Any) -> dict[str, Any] | None:
+    if path in _SLOTS:
+        chosen = _at(document, (*path, "type")) or _at(_default(document, path), ("type",))
+        if not isinstance(chosen, str):
+            raise RecipeError(f"{'.'.join(path)}.type is not set", hint=f"--set {'.'.join(path)}.type=... first")
+        return _fields(path, chosen, ".".join(path))
+    nested = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
+    if nested:
+        return {field.alias or name: field.annotation for name, field in nested[0].model_fields.items()}
+    if any(a is Any or a is dict for a in (annotation, *get_args(annotation))):
+        return None
+    return {}
+
+
+def _fields(path: tuple[str, ...], chosen: str, where: str) -> dict[str, Any]:
+    """Return the fields of a slot when its type is ``chosen``: its configuration's, and the recipe's own."""
+    cls = _config_class(_SLOTS[path], chosen, where)
+    fields = {name: field.annotation for name, field in cls.model_fields.items()}
+    return {**fields, "type": str, **({"tokenizer": dict} if path == ("data",) else {})}
+
+
+def _default(document: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    """Return what a mapping that the recipe leaves out stands for, so that one field of it can be set."""
+    if path == ("data", "tokenizer"):
+        return {"type": "byte"}
+    if path == ("model", "neuron"):
+        model = _at(document, ("model", "type"))
+        if isinstance(model, str):
+            field = _config_class("models", model, "model").model_fields.get("neuron")
+            value = field.get_default(call_default_factory=True) if field is not None else None
+            return copy.deepcopy(value) if isinstance(value, dict) else {}
+    return {}
+
+
+def _near(document: dict[str, Any], path: tuple[str, ...], depth: int, fields: Iterable[str]) -> str | None:
+    """Offer the same field elsewhere (``train.lr`` is ``train.optimizer.lr``), else a field of similar name."""
+    elsewhere = [known for known in _paths(document, (), Recipe) if known[-len(path[depth:]) :] == path[depth:]]
+    elsewhere.sort(key=lambda known: (known[0] != path[0], len(known)))
+    return f"did you mean {'.'.join(elsewhere[0])!r}?" if elsewhere else did_you_mean(path[depth], fields)
+
+
+def _paths(document: dict[str, Any], path: tuple[str, ...], annotation: Any) -> Iterator[tuple[str, ...]]:
+    try:
+        fields = _fields_below(document, path, annotation)
+    except SpikingLMError:
+        return
+    for key, below in (fields or {}).items():
+        yield (*path, key)
+        yield from _paths(document, (*path, key), below)
