@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from spiking_lm.hookspecs import Register, hookimpl
-from spiking_lm.records import DatasetSpec, NeuronSpec, TokenizerSpec
+from spiking_lm.records import DatasetSpec, NeuronSpec, RecipeSpec, TokenizerSpec
 
 
 @hookimpl
@@ -57,7 +59,7 @@ def spiking_lm_neurons(register: Register) -> None:
 
 @hookimpl
 def spiking_lm_recipes(register: Register) -> None:
-    """Register the shipped recipes: ``spiking_lm/_recipes`` in a wheel, ``recipes/`` of the repository when editable."""
+    """Register the shipped recipes: ``spiking_lm/_recipes`` in a wheel, ``recipes/`` beside ``src`` when editable."""
     package = Path(__file__).parent
     folder = package / "_recipes"
     if not folder.is_dir() and (package.parents[1] / "pyproject.toml").is_file():
