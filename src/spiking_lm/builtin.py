@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from spiking_lm.hookspecs import Register, hookimpl
-from spiking_lm.records import DatasetSpec, NeuronSpec, RecipeSpec, TokenizerSpec
+from spiking_lm.records import DatasetSpec, KernelSpec, MetricSpec, NeuronSpec, RecipeSpec, TokenizerSpec
 
 
 @hookimpl
@@ -55,6 +55,41 @@ def spiking_lm_neurons(register: Register) -> None:
             factory="spiking_lm.neurons:LIF",
         )
     )
+
+
+@hookimpl
+def spiking_lm_kernels(register: Register) -> None:
+    """Register the definition of every op and its fast form in plain PyTorch."""
+    for op, summary in (("lif_scan", "leaky integrate-and-fire over time"), ("wkv", "the RWKV-4 recurrence over time")):
+        register(
+            KernelSpec(
+                name=f"{op}/reference",
+                summary=f"{summary}: the definition, step by step",
+                implementation=f"spiking_lm.kernels.reference:{op}",
+            )
+        )
+        register(
+            KernelSpec(
+                name=f"{op}/torch",
+                summary=f"{summary}: chunked, one or two operations per step",
+                implementation=f"spiking_lm.kernels.torch_fast:{op}",
+                supports=f"spiking_lm.kernels.torch_fast:supports_{op}",
+                priority=10,
+            )
+        )
+
+
+@hookimpl
+def spiking_lm_metrics(register: Register) -> None:
+    """Register what an evaluation reports."""
+    for name, summary in (
+        ("bits_per_byte", "bits per UTF-8 byte of the text"),
+        ("bits_per_character", "bits per Unicode character of the text"),
+        ("perplexity", "exp of the mean negative log-likelihood per token"),
+        ("accuracy", "share of right guesses, of tokens or of labels"),
+        ("macro_f1", "F1 averaged over the classes"),
+    ):
+        register(MetricSpec(name=name, summary=summary, function=f"spiking_lm.evaluation:{name}"))
 
 
 @hookimpl

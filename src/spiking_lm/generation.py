@@ -1,0 +1,160 @@
+"""Sampling text, one token at a time from an explicit state of constant size."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from spiking_lm.errors import UsageError
+from spiking_lm.interfaces import SpikingLanguageModel, State
+from spiking_lm.recipe import GenerateConfig
+
+if TYPE_CHECKING:
+    from spiking_lm.data import Tokenizer
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off and gradients off, and put the model's mode back afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def sampling_weights(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0) -> Tensor:
+    """Return the unnormalised sampling weights ``(..., V)`` of ``logits (..., V)``.
+
+    Like the released SpikeGPT, the nucleus cut comes before the temperature, keeps the token that crosses ``top_p`` and
+    everything tied with it. Unlike it, ``top_p=1.0`` cuts nothing (there it is greedy). ``temperature=0`` is greedy.
+    """
+    if temperature == 0:
+        return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(torch.float32)
+    if top_k is not None and top_k < logits.shape[-1]:
+        kth = logits.topk(top_k).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    p = torch.softmax(logits.float(), -1)
+    if top_p < 1.0:
+        ordered = p.sort(-1, descending=True).values
+        crossing = (ordered.cumsum(-1) > top_p).to(torch.uint8).argmax(-1, keepdim=True)
+        # Rounding can keep the whole sum at or below top_p; then nothing crosses and nothing is cut.
+        crosses = ordered.sum(-1, keepdim=True) > top_p
+        p = p.masked_fill((p < ordered.gather(-1, crossing)) & crosses, 0.0)
+    return p if temperature == 1.0 else p ** (1.0 / temperature)
+
+
+def iterate(
+    model: SpikingLanguageModel,
+    prompt_ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    state: State | None = None,
+) -> Iterator[tuple[Tensor, State]]:
+    """Yield new tokens ``(B,)`` without end, each with the state *before* it was fed, after ``prompt_ids (B, S)``.
+
+    ``seed`` None draws from torch's global generator.
+    """
+    if prompt_ids.numel() == 0:
+        raise UsageError("the prompt is empty", hint="give at least one token, for instance a newline")
+    generator = None if seed is None else torch.Generator(prompt_ids.device).manual_seed(seed)
+    with evaluating(model):
+        output = model(prompt_ids, state)
+        logits, state = output.logits[:, -1], output.state
+        while True:
+            weights = sampling_weights(logits, temperature, top_k, top_p)
+            token = torch.multinomial(weights, 1, generator=generator)[:, 0] if temperature else weights.argmax(-1)
+            yield token, state
+            logits, state = model.step(token, state)
+
+
+def generate(
+    model: SpikingLanguageModel,
+    prompt_ids: Tensor | Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    stream: Callable[[Tensor], None] | None = None,
+) -> Tensor:
+    """Continue ``prompt_ids`` ``(S,)`` or ``(B, S)`` by ``max_new_tokens``; return prompt and continuation together.
+
+    ``stream`` is called with each new token (``()`` or ``(B,)``) as it is drawn. Same seed, same text.
+    Raises UsageError for an empty prompt.
+    """
+    prompt = torch.as_tensor(prompt_ids, dtype=torch.long, device=next(model.parameters()).device)
+    single = prompt.ndim == 1
+    batch = prompt[None] if single else prompt
+    tokens = iterate(model, batch, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    new: list[Tensor] = []
+    while len(new) < max_new_tokens:
+        token, _ = next(tokens)
+        new.append(token)
+        if stream is not None:
+            stream(token[0] if single else token)
+    full = torch.cat([batch, torch.stack(new, 1)], 1) if new else batch
+    return full[0] if single else full
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """A finished sample: the continuation (without the prompt), how many tokens, and how fast."""
+
+    text: str
+    tokens: int
+    tokens_per_s: float
+    stopped_by: str | None = None
+    """The stop string that ended it."""
+
+
+def sample_text(
+    model: SpikingLanguageModel,
+    tokenizer: Tokenizer,
+    config: GenerateConfig,
+    *,
+    stream: Callable[[str], None] | None = None,
+) -> GenerationResult:
+    """Continue ``config.prompt`` as text; ``stream`` receives each piece of text as soon as it is complete.
+
+    A stop string ends the text and is not part of it; text that could still become one is held back from ``stream``.
+    """
+    from spiking_lm.data import stream_decoder
+
+    prompt = torch.as_tensor(tokenizer.encode(config.prompt).astype("int64"))[None]
+    tokens = iterate(
+        model, prompt, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed
+    )
+    decoder = stream_decoder(tokenizer)
+    stops = [stop for stop in config.stop if stop]
+    longest = max((len(stop) for stop in stops), default=0)
+    text, shown, count, stopped_by = "", 0, 0, None
+    start = time.perf_counter()
+    while count < config.max_new_tokens and stopped_by is None:
+        token, _ = next(tokens)
+        count += 1
+        text += decoder.feed([int(token)])
+        if count == config.max_new_tokens:
+            text += decoder.flush()
+        found = [(text.find(stop), stop) for stop in stops if stop in text]
+        if found:
+            cut, stopped_by = min(found)
+            text = text[:cut]
+        safe = len(text) if stopped_by or count == config.max_new_tokens else max(shown, len(text) - longest + 1)
+        safe = safe if longest else len(text)
+        if stream is not None and safe > shown:
+            stream(text[shown:safe])
+            shown = safe
+    return GenerationResult(text, count, count / max(time.perf_counter() - start, 1e-9), stopped_by)

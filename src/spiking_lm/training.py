@@ -1,0 +1,334 @@
+"""Training, in one file: batches, loss, optimizer, schedule, checkpoints, progress, and the way back after a stop.
+
+Which tokens a step sees depends only on the seed and the step's number, so a resumed run sees what the uninterrupted
+one would have seen; with the optimizer's and the random generator's state restored, it is the same run bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from spiking_lm.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
+from spiking_lm.data import LabelledData, TextData
+from spiking_lm.data.sampling import epoch_order, gather, pad_batch, sample_offsets
+from spiking_lm.errors import DivergedError, InterruptedRunError
+from spiking_lm.evaluation import classify_examples, score_tokens
+from spiking_lm.interfaces import LMOutput, SpikingLanguageModel
+from spiking_lm.recipe import EvaluateConfig, OptimizerConfig, Recipe, ScheduleConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from spiking_lm.runs import RunDir
+
+SILENT_WARNING = 0.5  # share of a site's channels that may be silent, or saturated, before training says so
+
+
+def learning_rate(step: int, steps: int, config: ScheduleConfig) -> float:
+    """Return the learning rate of ``step`` (0-based) of ``steps``, as a share of the peak."""
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    if config.type == "constant":
+        return 1.0
+    done = (step - config.warmup) / max(1, steps - config.warmup)
+    if config.type == "cosine":
+        return config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * done))
+    left = (1 - done) / config.decay  # wsd: warm-up, stable, linear decay
+    return config.final + (1 - config.final) * min(1.0, left)
+
+
+def make_optimizer(model: SpikingLanguageModel, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Return the optimizer over the model's parameter groups; with no weight decay the groups do not matter."""
+    kind = torch.optim.AdamW if config.type == "adamw" else torch.optim.Adam
+    return kind(model.parameter_groups(config.weight_decay), lr=config.lr, betas=config.betas, eps=config.eps)
+
+
+class Objective(Protocol):
+    """What is trained: the loss of one micro-batch, and the score on held-out data."""
+
+    def loss(self, model: SpikingLanguageModel, index: int, *, record: bool) -> tuple[Tensor, LMOutput | None, int]:
+        """Return the mean loss of micro-batch ``index``, the model's output if there is one, and its token count."""
+
+    def validate(self, model: SpikingLanguageModel) -> dict[str, float]:
+        """Return ``loss`` (nats) and what else describes it."""
+
+    def describe(self, loss: float) -> dict[str, float]:
+        """Return a training loss in the units that people read."""
+
+
+class NextToken:
+    """Causal language modelling: every token from those before it."""
+
+    def __init__(self, data: TextData, config: TrainConfig, seed: int) -> None:
+        self.data, self.config, self.seed = data, config, seed
+        self.bytes_per_token = data.train.n_bytes / len(data.train.tokens)
+
+    def loss(self, model: SpikingLanguageModel, index: int, *, record: bool) -> tuple[Tensor, LMOutput | None, int]:
+        tokens, length = self.data.train.tokens, self.config.seq_len
+        offsets = sample_offsets(len(tokens), length, self.config.batch_size, seed=self.seed, step=index)
+        batch = torch.from_numpy(gather(tokens, offsets, length)).to(next(model.parameters()).device)
+        output = model(batch[:, :-1], return_spikes=record)
+        targets = batch[:, 1:]
+        loss = F.cross_entropy(output.logits.float().flatten(0, 1), targets.flatten())
+        return loss, output, targets.numel()
+
+    def validate(self, model: SpikingLanguageModel) -> dict[str, float]:
+        split = self.data.valid
+        tokens = np.asarray(split.tokens[: self.config.eval_tokens + 1]).astype(np.int64)
+        window = EvaluateConfig(window=2 * self.config.seq_len, stride=self.config.seq_len)
+        nll, _ = score_tokens(model, tokens, window)
+        loss = float(nll.mean())
+        return {"loss": loss, "bpb": loss / math.log(2) * len(split.tokens) / split.n_bytes}
+
+    def describe(self, loss: float) -> dict[str, float]:
+        return {"bpb": loss / math.log(2) / self.bytes_per_token}
+
+
+class Labels:
+    """Classification: the label of a text, each example once per epoch."""
+
+    def __init__(self, data: LabelledData, config: TrainConfig, seed: int) -> None:
+        self.data, self.config, self.seed = data, config, seed
+        self.encoded = [data.tokenizer.encode(e.text)[: config.seq_len].astype(np.int64) for e in data.train]
+        self.pad = data.tokenizer.pad_id or 0
+
+    def loss(self, model: SpikingLanguageModel, index: int, *, record: bool) -> tuple[Tensor, LMOutput | None, int]:
+        n, size = len(self.encoded), self.config.batch_size
+        places = np.arange(index * size, (index + 1) * size)
+        orders = {int(epoch): epoch_order(n, self.seed, int(epoch)) for epoch in np.unique(places // n)}
+        chosen = [int(orders[int(place // n)][place % n]) for place in places]
+        tokens, lengths = pad_batch([self.encoded[i] for i in chosen], self.pad)
+        device = next(model.parameters()).device
+        logits = model.classify(torch.from_numpy(tokens).to(device), torch.from_numpy(lengths).to(device))
+        labels = torch.tensor([self.data.train[i].label for i in chosen], device=device)
+        output = model(torch.from_numpy(tokens).to(device), return_spikes=True) if record else None
+        return F.cross_entropy(logits.float(), labels), output, int(lengths.sum())
+
+    def validate(self, model: SpikingLanguageModel) -> dict[str, float]:
+        examples = self.data.valid
+        logits = classify_examples(model, self.data.tokenizer, examples, self.config.seq_len, 4 * self.config.batch_size)
+        labels = torch.tensor([example.label for example in examples])
+        hit = float((logits.argmax(-1) == labels).float().mean())
+        return {"loss": float(F.cross_entropy(logits, labels)), "accuracy": hit}
+
+    def describe(self, loss: float) -> dict[str, float]:
+        return {}
+
+
+def train(
+    run: RunDir,
+    recipe: Recipe,
+    model: SpikingLanguageModel,
+    data: TextData | LabelledData,
+    *,
+    resume_from: Path | None = None,
+    console: Console | None = None,
+) -> SpikingLanguageModel:
+    """Train ``model`` as ``recipe.train`` says, logging and saving into ``run``; ``resume_from`` is a checkpoint.
+
+    Raises InterruptedRunError on Ctrl-C (after saving), DivergedError when loss or gradient is no longer finite.
+    """
+    config = recipe.train
+    assert config is not None
+    console = console or Console(stderr=True)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    objective: Objective
+    objective = (NextToken if isinstance(data, TextData) else Labels)(data, config, recipe.seed)  # type: ignore[arg-type]
+    optimizer = make_optimizer(model, config.optimizer)
+    start, elapsed = 0, 0.0
+    torch.manual_seed(recipe.seed)
+    if resume_from is not None:
+        start, elapsed = _restore(resume_from, model, optimizer)
+        console.print(f"resuming after step {start:,} from {resume_from}")
+
+    def save(step: int) -> Path:
+        state = {
+            "step": step,
+            "elapsed_s": elapsed,
+            "optimizer": optimizer.state_dict(),
+            "torch_rng": torch.get_rng_state(),
+        }
+        return save_checkpoint(run.path, step, model, state, tokenizer=data.tokenizer, keep=config.keep)
+
+    watch = _NeuronWatch(console)
+    with _interruptible() as interrupted, _progress(console, config.steps, start) as progress:
+        for step in range(start, config.steps):
+            tick = time.perf_counter()
+            last = step + 1 == config.steps
+            log = (step + 1) % config.log_every == 0 or last or step == start
+            scale = learning_rate(step, config.steps, config.schedule)
+            for group in optimizer.param_groups:
+                group["lr"] = config.optimizer.lr * scale
+            model.train()
+            loss, tokens, output = _backward(model, objective, config, step, record=log)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+            if not math.isfinite(loss) or not math.isfinite(float(norm)):
+                raise _diverged(run, step, loss, float(norm))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            duration = time.perf_counter() - tick
+            elapsed += duration
+            facts = {
+                "step": step + 1,
+                "loss": loss,
+                **objective.describe(loss),
+                "lr": config.optimizer.lr * scale,
+                "grad_norm": float(norm),
+                "tokens_per_s": tokens / duration,
+                "elapsed_s": elapsed,
+            }
+            if log:
+                facts.update(watch.look(output, step + 1))
+                run.append_metrics({"split": "train", **facts})
+            progress.step(facts)
+            if last or (config.eval_every and (step + 1) % config.eval_every == 0):
+                score = objective.validate(model)
+                run.append_metrics({"split": "valid", "step": step + 1, **score, "elapsed_s": elapsed})
+                shown = "  ".join(f"{name} {value:.4f}" for name, value in score.items())
+                console.print(f"step {step + 1:>6,}  validation  {shown}", highlight=False)
+            stop = interrupted.is_set()
+            if last or stop or (config.save_every and (step + 1) % config.save_every == 0):
+                saved = save(step + 1)
+            if stop and not last:
+                command = f"spiking-lm run --resume {shlex.quote(str(run.path))}"
+                raise InterruptedRunError(f"interrupted after step {step + 1:,}; saved {saved}", hint=f"resume: {command}")
+    return model
+
+
+def _backward(
+    model: SpikingLanguageModel, objective: Objective, config: TrainConfig, step: int, *, record: bool
+) -> tuple[float, int, LMOutput | None]:
+    """Accumulate the gradient of one step; return the mean loss, the tokens seen and the last micro-batch's output."""
+    total, tokens, output = 0.0, 0, None
+    device = next(model.parameters()).device
+    for micro in range(config.accumulate):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+            loss, output, count = objective.loss(model, step * config.accumulate + micro, record=record)
+        aux = sum(output.aux_losses.values()) if output is not None else 0.0
+        ((loss + aux) / config.accumulate).backward()  # type: ignore[no-untyped-call]
+        total += float(loss.detach()) / config.accumulate
+        tokens += count
+    return total, tokens, output
+
+
+def _restore(path: Path, model: SpikingLanguageModel, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+    """Load weights, optimizer and random state from a checkpoint; return the finished steps and the seconds spent."""
+    saved, state = load_checkpoint(path)
+    model.load_state_dict(saved.state_dict())
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["torch_rng"])
+    return int(state["step"]), float(state["elapsed_s"])
+
+
+def _diverged(run: RunDir, step: int, loss: float, norm: float) -> DivergedError:
+    good = latest_checkpoint(run.path)
+    where = f"last good checkpoint: {good}" if good else "no checkpoint was saved before"
+    return DivergedError(
+        f"step {step + 1:,}: loss {loss:g}, gradient norm {norm:g}: training stopped before the weights were spoilt",
+        hint=f"{where}; try a lower train.optimizer.lr, a longer warm-up or precision fp32",
+    )
+
+
+class _NeuronWatch:
+    """Firing statistics per site, and a word of warning, once per site, when most of its channels are stuck."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.warned: set[tuple[str, str]] = set()
+
+    def look(self, output: LMOutput | None, step: int) -> dict[str, dict[str, float]]:
+        """Return mean rate and the share of silent and saturated channels of every site in this batch."""
+        if output is None or not output.spikes:
+            return {}
+        rates, silent, saturated = {}, {}, {}
+        for site, spikes in output.spikes.items():
+            active = (spikes.detach() != 0).flatten(0, -2).float().mean(0)
+            rates[site] = float(active.mean())
+            silent[site] = float((active == 0).float().mean())
+            saturated[site] = float((active == 1).float().mean())
+        for word, shares in (("never fire", silent), ("fire at every token", saturated)):
+            for site, share in shares.items():
+                if share > SILENT_WARNING and step > 1 and (word, site) not in self.warned:
+                    self.warned.add((word, site))
+                    self.console.print(
+                        f"[yellow]warning:[/] step {step}: {share:.0%} of the channels of {site} {word} in this batch"
+                    )
+        return {"rates": rates, "silent": silent, "saturated": saturated}
+
+
+@contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C into an event that the loop sees after its step; a second one stops at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event  # signals reach only the main thread
+        return
+
+    def note(signum: int, frame: Any) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    previous = signal.signal(signal.SIGINT, note)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+class _Display:
+    """The live line of training; plain lines now and then where there is no terminal."""
+
+    def __init__(self, console: Console, steps: int, start: int) -> None:
+        self.console, self.steps = console, steps
+        self.bar = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self.task = self.bar.add_task("training", total=steps, completed=start, facts="")
+        self.rate = math.nan
+        self.speed: float | None = None
+        self.smooth: float | None = None
+
+    def step(self, facts: dict[str, Any]) -> None:
+        """Show one finished step."""
+        name = "bpb" if "bpb" in facts else "loss"
+        self.smooth = facts[name] if self.smooth is None else 0.95 * self.smooth + 0.05 * facts[name]
+        speed = facts["tokens_per_s"]
+        self.speed = speed if self.speed is None else 0.95 * self.speed + 0.05 * speed
+        if facts.get("rates"):
+            self.rate = sum(facts["rates"].values()) / len(facts["rates"])
+        firing = "" if math.isnan(self.rate) else f"  firing {self.rate:.2f}"
+        words = f"{name} {self.smooth:.3f}  {self.speed:,.0f} tok/s{firing}  lr {facts['lr']:.1e}"
+        self.bar.update(self.task, completed=facts["step"], facts=words)
+        if not self.console.is_terminal and facts["step"] % max(1, self.steps // 20) == 0:
+            self.console.print(f"step {facts['step']:>6,}/{self.steps:,}  {words}", highlight=False)
+
+
+@contextmanager
+def _progress(console: Console, steps: int, start: int) -> Iterator[_Display]:
+    display = _Display(console, steps, start)
+    if not console.is_terminal:
+        yield display
+        return
+    with display.bar:
+        yield display
