@@ -61,7 +61,7 @@ class _Spike(torch.autograd.Function):
 
 def spike(h: Tensor, threshold: float, compare: str = ">=", surrogate: SurrogateConfig | None = None) -> Tensor:
     """Return ``[h compare threshold]`` in the dtype of ``h``, with the surrogate as its derivative."""
-    spikes: Tensor = _Spike.apply(h, threshold, compare, surrogate or SurrogateConfig())  # type: ignore[no-untyped-call]
+    spikes: Tensor = _Spike.apply(h, threshold, compare, surrogate or SurrogateConfig())
     return spikes
 
 

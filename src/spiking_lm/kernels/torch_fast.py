@@ -22,6 +22,24 @@ CHUNK = 32768
 """Elements per chunk: a handful of float32 temporaries of this size fit in 1 MiB, and torch does not thread them."""
 
 
+_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+
+
+def supports_lif_scan(x: Tensor, v0: Tensor | None = None, **_: Any) -> bool | str:
+    """Say whether :func:`lif_scan` takes these inputs, or why not."""
+    return x.dtype in _DTYPES or f"{x.dtype} is not one of float16, bfloat16, float32, float64"
+
+
+def supports_wkv(
+    time_decay: Tensor, time_first: Tensor, k: Tensor, v: Tensor, state: WKVState | None = None
+) -> bool | str:
+    """Say whether :func:`wkv` takes these inputs, or why not."""
+    for tensor in (k, v):
+        if tensor.dtype not in _DTYPES:
+            return f"{tensor.dtype} is not one of float16, bfloat16, float32, float64"
+    return True
+
+
 def _chunks(n_steps: int, step_size: int) -> list[tuple[int, int]]:
     """Cut ``n_steps`` steps of ``step_size`` elements into runs ``(start, stop)`` of about CHUNK elements."""
     length = max(1, CHUNK // max(1, step_size))
@@ -64,8 +82,10 @@ def lif_scan(
     """Run leaky integrate-and-fire neurons over time; see :func:`spiking_lm.kernels.lif_scan`."""
     lif = _LIF(beta, gain, threshold, v_reset, compare, surrogate, detach_reset, final_only)
     if torch.is_grad_enabled() and (x.requires_grad or (v0 is not None and v0.requires_grad)):
-        spikes, v = _LIFScan.apply(x, v0, lif)  # type: ignore[no-untyped-call]
+        spikes, v = _LIFScan.apply(x, v0, lif)
         return spikes, v
+    if x.shape[0] == 1:
+        return _lif_step(x, v0, lif)
     spikes, v, _ = _lif_forward(x, v0, lif, keep=False)
     return spikes, v
 
@@ -117,6 +137,20 @@ def _lif_forward(x: Tensor, v0: Tensor | None, lif: _LIF, *, keep: bool) -> tupl
                 torch.add(n_c, fired, alpha=lif.threshold, out=membranes[start:stop]).neg_()
         s_c.add_(n_c, alpha=0)  # a membrane that is not finite must not pass for a silent one
     return spikes, nv.neg_() if membranes is None else membranes, kept
+
+
+def _lif_step(x: Tensor, v0: Tensor | None, lif: _LIF) -> tuple[Tensor, Tensor]:
+    """Do a single step, as in generation: the same arithmetic as the scan, bit for bit, without its preparations."""
+    dtype = compute_dtype(x, v0)
+    h = x.to(dtype) * lif.gain
+    if lif.v_reset:
+        h.add_((1 - lif.beta) * lif.v_reset)
+    if v0 is not None:
+        h.add_(v0, alpha=lif.beta)
+    fires = h >= lif.threshold if lif.compare == ">=" else h > lif.threshold
+    spikes = fires.to(x.dtype).add_(h, alpha=0)
+    v = h.sub_(fires, alpha=lif.threshold) if lif.v_reset is None else h.masked_fill_(fires, lif.v_reset)
+    return spikes, v[0] if lif.final_only else v
 
 
 class _LIFScan(torch.autograd.Function):
@@ -220,7 +254,7 @@ def wkv(
     w, u = -torch.exp(time_decay.to(dtype)), time_first.to(dtype)
     p, q, o = (s.to(dtype) for s in state) if state is not None else empty_wkv_state(k, dtype)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (w, u, k, v, p, q)):
-        y, p, q, o = _WKV.apply(w, u, k, v, p, q, o)  # type: ignore[no-untyped-call]
+        y, p, q, o = _WKV.apply(w, u, k, v, p, q, o)
         return y, (p, q, o)
     if k.shape[1] == 1:
         y, p, q, o = wkv_step(w, u, k[:, 0].to(dtype), v[:, 0].to(dtype), p, q, o)

@@ -1,0 +1,107 @@
+"""The ops, declared once: signature, meaning, and what their arguments must be.
+
+What runs is chosen by :mod:`spiking_lm.kernels.dispatch`; what is right is defined by
+:mod:`spiking_lm.kernels.reference`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from spiking_lm.config import SurrogateConfig
+from spiking_lm.errors import UsageError
+from spiking_lm.kernels.dispatch import call
+from spiking_lm.kernels.reference import WKVState
+
+_ATAN = SurrogateConfig()
+
+
+def lif_scan(
+    x: Tensor,
+    v0: Tensor | None = None,
+    *,
+    beta: float,
+    gain: float,
+    threshold: float,
+    v_reset: float | None = 0.0,
+    compare: str = ">=",
+    surrogate: SurrogateConfig = _ATAN,
+    detach_reset: bool = False,
+    final_only: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Run leaky integrate-and-fire neurons over time: ``x (T, ...)`` -> ``(spikes (T, ...), v (T, ...))``.
+
+    Per step::
+
+        h_t = beta v_{t-1} + gain x_t + (1 - beta) v_reset
+        s_t = [h_t >= threshold], or > with compare=">"
+        v_t = (1 - s_t) h_t + s_t v_reset      (hard reset)
+        v_t = h_t - s_t threshold              (soft reset, v_reset=None; no drift term in h_t)
+
+    ``v`` is the membrane after the reset; with ``final_only`` just the last one, ``(...)``. ``v0 (...)`` is the
+    membrane before the first step (None: zeros). Any strides will do: pass a transposed view, not a copy.
+    Gradients reach ``x`` and ``v0``, from the spikes and from ``v``; ``ds/dh`` is the surrogate
+    (:func:`~spiking_lm.kernels.surrogate_gradient`), and ``detach_reset`` treats the ``s_t`` in the reset as constant.
+    The membrane is kept in float32, or float64 if an input is; spikes have the dtype of ``x``. Where the membrane is
+    not finite the spike is NaN, so that a broken value is not taken for silence.
+    """
+    if not x.dtype.is_floating_point or x.dim() == 0:
+        raise UsageError(f"lif_scan: x must be a floating-point tensor (T, ...), not {x.dtype} {tuple(x.shape)}")
+    if v0 is not None and v0.shape != x.shape[1:]:
+        raise UsageError(
+            f"lif_scan: v0 has shape {tuple(v0.shape)} but x {tuple(x.shape)} needs {tuple(x.shape[1:])}",
+            hint="time is the first dimension of x; transpose batch-first inputs",
+        )
+    if compare != ">=" and compare != ">":
+        raise UsageError(f"lif_scan: compare must be '>=' or '>', not {compare!r}")
+    spikes, v = call(
+        "lif_scan",
+        x,
+        v0,
+        beta=beta,
+        gain=gain,
+        threshold=threshold,
+        v_reset=v_reset,
+        compare=compare,
+        surrogate=surrogate,
+        detach_reset=detach_reset,
+        final_only=final_only,
+    )
+    return spikes, v
+
+
+def wkv(
+    time_decay: Tensor, time_first: Tensor, k: Tensor, v: Tensor, state: WKVState | None = None
+) -> tuple[Tensor, WKVState]:
+    """Run the RWKV-4 recurrence over time: ``k, v (B, T, C)`` -> ``(y (B, T, C), state)``.
+
+    ``time_decay`` and ``time_first`` are the raw parameters, ``(C)``. Per channel, with ``w = -exp(time_decay)`` and
+    ``u = time_first``::
+
+        y_t = (sum_{i<t} e^{(t-1-i) w + k_i} v_i + e^{u + k_t} v_t) / (sum_{i<t} e^{(t-1-i) w + k_i} + e^{u + k_t})
+
+    The state ``(p, q, o)``, each ``(B, C)``, holds the two sums over the past as ``p exp(o)`` and ``q exp(o)``; None is
+    the beginning of a text. Its exponent ``o`` is there for range alone: implementations may choose it differently, and
+    it carries no gradient. Inside, all is float32, or float64 if ``k`` or ``v`` is; ``y`` has the dtype of ``v``.
+    Any strides will do: views ``(B, T, C)`` of time-major tensors are used as they are.
+    """
+    if k.dim() != 3 or k.shape != v.shape or not k.dtype.is_floating_point or not v.dtype.is_floating_point:
+        raise UsageError(
+            f"wkv: k and v must be floating-point tensors (B, T, C) of one shape, not {k.dtype} {tuple(k.shape)} "
+            f"and {v.dtype} {tuple(v.shape)}"
+        )
+    channels = k.shape[2:]
+    if time_decay.shape != channels or time_first.shape != channels:
+        raise UsageError(
+            f"wkv: time_decay {tuple(time_decay.shape)} and time_first {tuple(time_first.shape)} must be "
+            f"({channels[0]},), one value per channel of k {tuple(k.shape)}"
+        )
+    if state is not None:
+        expected = (k.shape[0], k.shape[2])
+        if len(state) != 3 or any(s.shape != expected for s in state):
+            raise UsageError(
+                f"wkv: state has shapes {[tuple(s.shape) for s in state]} but k {tuple(k.shape)} needs three of "
+                f"{expected}"
+            )
+    y, state = call("wkv", time_decay, time_first, k, v, state)
+    return y, state
