@@ -1,0 +1,235 @@
+"""An explanation as text: rich tables for a terminal, and the grouping of identical layers that the page uses too."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+Row = Mapping[str, Any]
+
+COLOURS = {"AC": "green", "integer-AC": "cyan", "MAC": "yellow"}
+
+
+def explanation_tables(explanation: Row, *, full: bool = False) -> RenderableType:
+    """Return the tables of ``Explanation.to_dict()``, readable at 100 columns; ``full`` lists every op and site."""
+    parts: list[RenderableType] = [
+        Text.assemble(("Where are the spikes?  ", "bold"), str(explanation["answer"])),
+        Text(f"{explanation['model']}, measured on {explanation['sample']}.", style="dim"),
+        _matrices(explanation, full),
+    ]
+    if explanation["sites"]:
+        parts.append(_sites(explanation, full))
+    if full:
+        parts.append(_others(explanation))
+    parts += [_totals(explanation), _energy(explanation)]
+    parts += [Text(f"Note: {note}.", style="dim") for note in explanation["notes"]]
+    return Group(*(Padding(part, (0, 0, 1, 0)) for part in parts))
+
+
+def layer_pattern(name: str) -> str:
+    """Replace the layer numbers of a name by a star: ``blocks.3.att.key`` -> ``blocks.*.att.key``."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
+def group_layers(rows: Iterable[Row], *same: str) -> list[list[Row]]:
+    """Group rows whose names differ only in layer numbers and which agree in the fields ``same``; order is kept."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        key = (layer_pattern(row["name"]), *(str(row[field]) for field in same))
+        groups.setdefault(key, []).append(row)
+    return list(groups.values())
+
+
+def name_of_group(group: Sequence[Row]) -> str:
+    """Name a group: its only member, or the pattern and how many there are."""
+    if len(group) == 1:
+        return str(group[0]["name"])
+    return f"{layer_pattern(group[0]['name'])} ×{len(group)}"
+
+
+def count(n: float) -> str:
+    """Write a count with three significant digits and a unit: ``1.23 M``."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(n) >= 0.9995 * size:
+            return f"{n / size:.3g} {unit}" if abs(n) < 999.5 * size else f"{n / size:.0f} {unit}"
+    return f"{n:.3g}" if n != int(n) else str(int(n))
+
+
+def percent(share: float | None) -> str:
+    """Write a share in percent with one decimal; a share that is not quite 0 or 1 never looks as if it were."""
+    if share is None:
+        return "–"
+    if 0 < share < 0.0005:
+        return "<0.1 %"
+    if 0.9995 <= share < 1:
+        return ">99.9 %"
+    return f"{share:.1%}".replace("%", " %")
+
+
+def span(values: Sequence[float | None]) -> str:
+    """Write the range of shares in a group: one value, or lowest to highest."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    low, high = percent(min(known)), percent(max(known))
+    return low if low == high else f"{low.removesuffix(' %')}–{high}"
+
+
+def bytes_of(n: float) -> str:
+    """Write a size in binary units."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if n >= size:
+            return f"{n / size:.3g} {unit}"
+    return f"{n:.0f} bytes"
+
+
+def energy_of(picojoules: float) -> str:
+    """Write an energy."""
+    for unit, size in (("mJ", 1e9), ("µJ", 1e6), ("nJ", 1e3)):
+        if picojoules >= size:
+            return f"{picojoules / size:.3g} {unit}"
+    return f"{picojoules:.3g} pJ"
+
+
+def _table(title: str, *columns: str) -> Table:
+    """Make a table whose columns are right-aligned when their name begins with ``>``."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        right = column.startswith(">")
+        table.add_column(column.removeprefix(">"), justify="right" if right else "left", overflow="fold")
+    return table
+
+
+def _matrices(explanation: Row, full: bool) -> Table:
+    table = _table(
+        "Weight matrices, by what feeds them (operations per token)",
+        *("matrix", "fed with", ">zeros", ">dense", ">effective", "class", "can run on"),
+    )
+    linears = matrices_of(explanation)
+    groups = [[op] for op in linears] if full else group_layers(linears, "fed_with", "op_class", "runs_on")
+    for group in groups:
+        first = group[0]
+        table.add_row(
+            name_of_group(group),
+            first["fed_with"],
+            span([op["input_zeros"] for op in group]),
+            count(sum(op["dense"] for op in group)),
+            count(sum(op["effective_acs"] + op["effective_macs"] for op in group)),
+            Text(first["op_class"], style=COLOURS[first["op_class"]]),
+            first["runs_on"],
+        )
+    return table
+
+
+def matrices_of(explanation: Row) -> list[dict[str, Any]]:
+    """Return the operations with a weight matrix, with ``fed_with``: the kind of their input in one word.
+
+    It is the kind that was seen, except that values declared graded are called so even where fewer than half are zero.
+    """
+    return [
+        {**op, "fed_with": "graded" if _is_graded(op) else op["seen_input"]}
+        for op in explanation["ops"]
+        if op["op_class"]
+    ]
+
+
+def _is_graded(op: Row) -> bool:
+    return "graded" in op["declared_inputs"] and op["seen_input"] == "real"
+
+
+def _sites(explanation: Row, full: bool) -> Table:
+    table = _table("Spike sites", "site", "emits", "feeds", ">channels", ">firing rate", ">silent", ">always on")
+    sites = explanation["sites"]
+    for group in [[site] for site in sites] if full else group_layers(sites, "kind", "feeds_kinds"):
+        table.add_row(
+            name_of_group(group),
+            group[0]["kind"],
+            feeds_of(group[0]),
+            "+".join(dict.fromkeys(count(site["channels"]) for site in group)),
+            span([site["rate"] for site in group]),
+            span([site["silent"] for site in group]),
+            span([site["saturated"] for site in group]),
+        )
+    return table
+
+
+def feeds_of(site: Row) -> str:
+    """Say what kinds of operation a site feeds."""
+    kinds = dict.fromkeys(site["feeds_kinds"])
+    words = {"linear": "matrix", "residual": "real residual", "token_shift": "token shift"}
+    return ", ".join(words.get(kind, kind) for kind in kinds) or "nothing"
+
+
+def _others(explanation: Row) -> Table:
+    table = _table("Other operations", "operation", "kind", "reads", "emits", ">zeros", ">per token", "can run on")
+    for op in explanation["ops"]:
+        if not op["op_class"]:
+            table.add_row(
+                op["name"],
+                op["kind"],
+                " + ".join(op["declared_inputs"]),
+                op["seen_output"] or f"{op['emits']} (declared)",
+                percent(op["output_zeros"]),
+                count(op["other_ops"]),
+                op["runs_on"],
+            )
+    return table
+
+
+def _totals(explanation: Row) -> Table:
+    bench = explanation["neurobench"]
+    table = _table("Totals", "", ">", "")
+    for name, share in explanation["classes"].items():
+        table.add_row(
+            Text(name, style=COLOURS[name]),
+            percent(share["weight_share"]),
+            f"of matrix weights ({count(share['weights'])}); {percent(share['dense_share'])} of dense operations",
+        )
+    operations = bench["synaptic_operations_per_token"]
+    per_token = [f"{count(operations[key])} {words}" for key, words in _OPERATIONS.items()]
+    table.add_row("synaptic operations", "", ", ".join(per_token) + " per token (NeuroBench)")
+    if bench["membrane_updates_per_token"] is not None:
+        table.add_row("membrane updates", count(bench["membrane_updates_per_token"]), "per token")
+    table.add_row("activation sparsity", percent(bench["activation_sparsity"]), "zeros among all activations")
+    table.add_row("connection sparsity", percent(bench["connection_sparsity"]), "zeros among all weights")
+    table.add_row("spikes", count(explanation["spikes_per_token"]), "per token")
+    outside = f"of which {count(explanation['other_parameters'])} outside weight matrices"
+    table.add_row("parameters", count(bench["parameter_count"]), outside)
+    table.add_row("footprint", bytes_of(bench["footprint_bytes"]), "")
+    others = ", ".join(f"{kind.replace('_', ' ')} {count(n)}" for kind, n in explanation["other_ops"].items())
+    table.add_row("other operations", count(sum(explanation["other_ops"].values())), f"per token: {others or 'none'}")
+    return table
+
+
+_OPERATIONS = {"Dense": "dense", "Effective_MACs": "effective MACs", "Effective_ACs": "effective ACs"}
+
+
+def _energy(explanation: Row) -> RenderableType:
+    table = _table(
+        "Energy per token, and how much less than the dense twin", "", *(">matrices", ">less", ">all ops", ">less")
+    )
+    for row in explanation["energy"]:
+        total = row["synaptic_pj"] + row["other_pj"]
+        whole = ratio_of(row["ratio_with_other"])
+        table.add_row(row["label"], energy_of(row["synaptic_pj"]), ratio_of(row["ratio"]), energy_of(total), whole)
+    return Group(table, Text(f"Energy: {explanation['energy_words']}; {constants(explanation)}.", style="dim"))
+
+
+def ratio_of(ratio: float | None) -> str:
+    """Write how many times less energy than the dense twin; None where nothing is left to compare."""
+    return "–" if ratio is None else f"{ratio:.2f}×"
+
+
+def constants(explanation: Row) -> str:
+    """Write the constants that the energy was reckoned with."""
+    return (
+        f"{explanation['energy_constants']['mac_pj']} pJ per MAC, {explanation['energy_constants']['ac_pj']} pJ per "
+        "accumulate (Horowitz, fp32); other operations priced as one MAC each, an upper bound"
+    )
