@@ -8,13 +8,14 @@ kernels; a public ``(B, S)`` view is one transpose away. With w = -exp(time_deca
 and a block is  x <- x + spike(TimeMix(LN1(x)));  x <- x + spike(ChannelMix(LN2(x))).
 
 In that canonical placement spikes are what a sub-block *adds* to a real residual stream, so every matrix reads reals.
-``placement="spike_input"`` puts a neuron in front of each matrix instead. :func:`spiking_lm.explain` shows the difference.
+``placement="spike_input"`` puts a neuron in front of each matrix instead. :func:`spiking_lm.explain` shows what that
+changes.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +54,8 @@ class Binarise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        return grad / (1 + (math.pi * x).square())
+        surrogate: Tensor = 1 / (1 + (math.pi * x).square())
+        return grad * surrogate
 
 
 class Firing(nn.Module):
@@ -61,6 +63,7 @@ class Firing(nn.Module):
 
     def __init__(self, config: SpikeGPTConfig, size: int) -> None:
         super().__init__()
+        self.size = size
         params = dict(config.neuron)
         self.neuron: Neuron = create_neuron(params.pop("type"), size=size, **params)
         learned = config.placement == "spike_input"
@@ -72,7 +75,7 @@ class Firing(nn.Module):
         if self.gain is not None and self.bias is not None:
             x = torch.addcmul(self.bias, x, self.gain)
         spikes, state = self.neuron(x.transpose(0, 1), state)
-        return spikes.transpose(0, 1), state
+        return cast(Tensor, spikes).transpose(0, 1), state
 
 
 class Pass:
@@ -89,7 +92,7 @@ class Pass:
         spikes, self.new_states[site] = self.block.neurons[site](x, self.states[site])
         if self.spikes is not None:
             self.spikes[f"blocks.{self.block.layer}.{site}"] = spikes.transpose(0, 1)
-        return spikes
+        return cast(Tensor, spikes)
 
 
 def mixes(x: Tensor, shift: Tensor, *weights: Tensor) -> list[Tensor]:
@@ -150,7 +153,8 @@ class ChannelMix(nn.Module):
         for_k, for_r = mixes(x, shift, self.time_mix_k, self.time_mix_r)
         k = self.key(run.fire(f"{name}_key", for_k))
         r = self.receptance(run.fire(f"{name}_receptance", for_r))
-        return torch.sigmoid(r) * self.value(run.fire(f"{name}_value", F.relu(k).square()))
+        v: Tensor = self.value(run.fire(f"{name}_value", F.relu(k).square()))
+        return torch.sigmoid(r) * v
 
 
 class Block(nn.Module):
@@ -174,6 +178,10 @@ class Block(nn.Module):
             for name, mix in (("att", self.att), ("ffn", self.ffn)):
                 for matrix in mix.MATRICES:
                     self.neurons[f"{name}_{matrix}"] = Firing(config, getattr(mix, matrix).in_features)
+
+    def firings(self) -> list[tuple[str, Firing]]:
+        """Return the spike sites by name."""
+        return cast("list[tuple[str, Firing]]", list(self.neurons.items()))
 
     def forward(self, x: Tensor, state: BlockState, spikes: dict[str, Tensor] | None) -> tuple[Tensor, BlockState]:
         run = Pass(self, state.neurons, spikes)
@@ -214,6 +222,10 @@ class SpikeGPT(SpikingLanguageModel):
         if config.head_tying:
             self.head.weight = self.emb.weight
 
+    def layers(self) -> list[Block]:
+        """Return the blocks."""
+        return cast("list[Block]", list(self.blocks))
+
     def _init_matrices(self) -> None:
         """Draw the matrices; the time parameters were set where they were made."""
         config = self.config
@@ -227,7 +239,7 @@ class SpikeGPT(SpikingLanguageModel):
             "scaled": {"att.value": 1.0, "att.output": 2.0, "ffn.key": 1.0, "ffn.value": 1.0},
             "rwkv": {"att.value": 1.0, "ffn.key": 2.0},
         }.get(config.init)
-        for block in self.blocks:
+        for block in self.layers():
             for name in ("att", "ffn"):
                 mix = getattr(block, name)
                 kind = "att" if isinstance(mix, TimeMix) else "ffn"
@@ -250,11 +262,11 @@ class SpikeGPT(SpikingLanguageModel):
                 ffn_shift=zeros,
                 wkv=(zeros, zeros, torch.full_like(zeros, -1e38)),
                 neurons={
-                    name: site.neuron.init_state((batch_size, site.neuron.size), device=device, dtype=dtype)
-                    for name, site in block.neurons.items()
+                    name: firing.neuron.init_state((batch_size, firing.size), device=device, dtype=dtype)
+                    for name, firing in block.firings()
                 },
             )
-            for block in self.blocks
+            for block in self.layers()
         )
 
     def forward(self, tokens: Tensor, state: State | None = None, *, return_spikes: bool = False) -> LMOutput:
@@ -277,7 +289,7 @@ class SpikeGPT(SpikingLanguageModel):
             weight = (position < lengths) / lengths
         else:
             weight = (position == lengths - 1).to(x.dtype)
-        return self.classify_head((x * weight[..., None]).sum(0))
+        return cast(Tensor, self.classify_head((x * weight[..., None]).sum(0)))
 
     def _hidden(self, tokens: Tensor, state: State | None, spikes: dict[str, Tensor] | None) -> tuple[Tensor, State]:
         """Return what the heads read, ``(T, B, C)``, and the next state."""
@@ -315,21 +327,23 @@ class SpikeGPT(SpikingLanguageModel):
 
 def _ops(model: SpikeGPT) -> list[Op]:
     """List the operations of one token, in order."""
-    ops: list[Op] = []
+    listed: list[Op] = []
     size = model.config.n_embd
 
     def add(name: str, kind: Any, inputs: tuple[str, ...], emits: Any = "real", n: int = size, **more: Any) -> str:
-        ops.append(Op(name, kind, inputs, emits, n, **more))
+        listed.append(Op(name, kind, inputs, emits, n, **more))
         return name
 
     def neuron(block: Block, site: str, source: str) -> str:
         """Add the neuron of a site, if there is one, and return what the next op reads."""
         if site not in block.neurons:
             return source
-        firing = block.neurons[site].neuron
+        firing = dict(block.firings())[site]
         name = f"blocks.{block.layer}.{site}"
         module = f"blocks.{block.layer}.neurons.{site}.neuron"
-        return add(name, "neuron", (source,), firing.spike_kind, firing.size, module=module, other_ops=4 * firing.size)
+        scaled = 2 if firing.gain is not None else 0
+        ops = (4 + scaled) * firing.size
+        return add(name, "neuron", (source,), firing.neuron.spike_kind, firing.size, module=module, other_ops=ops)
 
     def linear(block: Block, mix: str, matrix: str, source: str) -> str:
         name = f"blocks.{block.layer}.{mix}.{matrix}"
@@ -343,7 +357,7 @@ def _ops(model: SpikeGPT) -> list[Op]:
     x = add("emb", "embedding", ("tokens",), module="emb")
     if model.binarise:
         x = add("embedding", "neuron", (x,), "binary", other_ops=size)
-    for i, block in enumerate(model.blocks):
+    for i, block in enumerate(model.layers()):
         if block.ln0 is not None:
             x = norm(f"blocks.{i}.ln0", x)
         for mix_name, norm_name in (("att", "ln1"), ("ffn", "ln2")):
@@ -370,4 +384,4 @@ def _ops(model: SpikeGPT) -> list[Op]:
     x = norm("ln_out", x)
     vocab = model.config.vocab_size
     add("head", "linear", (x,), n=vocab, weight=(vocab, size), module="head")
-    return ops
+    return listed

@@ -122,9 +122,9 @@ def _score_text(model: SpikingLanguageModel, data: TextData, config: EvaluateCon
     n_chars = sum((byte & 0xC0) != 0x80 for byte in counted)
     stride = min(config.stride, config.window)
     protocol = (
-        f"{len(nll):,} tokens of the {config.split} split ({len(counted):,} bytes), each scored once; window {config.window}, "
-        f"stride {stride}: at least {config.window - stride} tokens of context after the first window; state zero at "
-        f"each window's start"
+        f"{len(nll):,} tokens of the {config.split} split ({len(counted):,} bytes), each scored once; window "
+        f"{config.window}, stride {stride}: at least {config.window - stride} tokens of context after the first "
+        f"window; state zero at each window's start"
     )
     return Scores("text", nll, tokens[1:], predicted, len(counted), n_chars), protocol
 
@@ -168,9 +168,7 @@ def _score_labelled(model: SpikingLanguageModel, data: LabelledData, config: Eva
     labels = torch.tensor([example.label for example in examples])
     nll = F.cross_entropy(logits, labels, reduction="none")
     protocol = f"{len(examples):,} examples of the {config.split} split, cut at {config.window} tokens"
-    return Scores(
-        "classification", nll.double().numpy(), labels.numpy(), logits.argmax(-1).numpy()
-    ), protocol
+    return Scores("classification", nll.double().numpy(), labels.numpy(), logits.argmax(-1).numpy()), protocol
 
 
 def classify_examples(

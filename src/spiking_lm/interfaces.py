@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from spiking_lm.config import ModelConfig, NeuronConfig, SurrogateConfig
+from spiking_lm.errors import UsageError
 from spiking_lm.graph import LMGraph
 from spiking_lm.records import SpikeKind
 
@@ -75,7 +76,13 @@ class SpikingLanguageModel(nn.Module, ABC):
 
     def classify(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Return class logits ``(B, num_classes)`` for right-padded ``tokens (B, S)`` with true ``lengths (B,)``."""
-        raise TypeError(f"{type(self).__name__} has no classification head (capabilities: {sorted(self.capabilities)})")
+        raise UsageError(
+            f"{type(self).__name__} has no classification head (capabilities: {sorted(self.capabilities)})"
+        )
+
+    def to_reference(self, *, grads: bool = False) -> dict[str, Tensor]:
+        """Return the weights, or their gradients, under the state-dict keys of the paper's own code."""
+        raise UsageError(f"{type(self).__name__} has no reference state-dict format", hint="use save_model")
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Return optimizer groups: matrices decay, vectors (norms, mixes, decays, thresholds) do not."""

@@ -51,7 +51,4 @@ def import_reference(name: str, state_dict: Mapping[str, Tensor], **config: Any)
 
 def export_reference(model: SpikingLanguageModel, *, grads: bool = False) -> dict[str, Tensor]:
     """Return the model's weights (or, with ``grads``, their gradients) under its paper's own state-dict keys."""
-    if not hasattr(model, "to_reference"):
-        raise UsageError(f"{type(model).__name__} has no reference state-dict format")
-    exported: dict[str, Tensor] = model.to_reference(grads=grads)
-    return exported
+    return model.to_reference(grads=grads)

@@ -119,7 +119,9 @@ class Labels:
 
     def validate(self, model: SpikingLanguageModel) -> dict[str, float]:
         examples = self.data.valid
-        logits = classify_examples(model, self.data.tokenizer, examples, self.config.seq_len, 4 * self.config.batch_size)
+        logits = classify_examples(
+            model, self.data.tokenizer, examples, self.config.seq_len, 4 * self.config.batch_size
+        )
         labels = torch.tensor([example.label for example in examples])
         hit = float((logits.argmax(-1) == labels).float().mean())
         return {"loss": float(F.cross_entropy(logits, labels)), "accuracy": hit}
@@ -182,7 +184,7 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             duration = time.perf_counter() - tick
             elapsed += duration
-            facts = {
+            facts: dict[str, Any] = {
                 "step": step + 1,
                 "loss": loss,
                 **objective.describe(loss),
@@ -204,8 +206,10 @@ def train(
             if last or stop or (config.save_every and (step + 1) % config.save_every == 0):
                 saved = save(step + 1)
             if stop and not last:
-                command = f"spiking-lm run --resume {shlex.quote(str(run.path))}"
-                raise InterruptedRunError(f"interrupted after step {step + 1:,}; saved {saved}", hint=f"resume: {command}")
+                raise InterruptedRunError(
+                    f"interrupted after step {step + 1:,}; saved {saved}",
+                    hint=f"resume: spiking-lm run --resume {shlex.quote(str(run.path))}",
+                )
     return model
 
 

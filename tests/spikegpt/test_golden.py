@@ -99,7 +99,11 @@ def test_gradients(golden: Path, kernel: str, name: str, kind: str) -> None:
     for key, grad in grads.items():
         expected = want[f"{kind}/{key}"]
         np.testing.assert_allclose(
-            grad.numpy().reshape(expected.shape), expected, atol=2e-5 * np.abs(expected).max() + 1e-12, rtol=0, err_msg=key
+            grad.numpy().reshape(expected.shape),
+            expected,
+            atol=2e-5 * np.abs(expected).max() + 1e-12,
+            rtol=0,
+            err_msg=key,
         )
 
 
