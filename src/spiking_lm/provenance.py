@@ -60,10 +60,8 @@ class PluginRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON-able form; ``error`` is called ``reason`` there."""
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        values["reason"] = values.pop("error")
-        values["seconds"] = round(self.seconds, 4)
-        return values
+        values = {"reason" if item.name == "error" else item.name: getattr(self, item.name) for item in fields(self)}
+        return {**values, "seconds": round(self.seconds, 4)}
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class Record:
     extra: str | None = None
     """The optional-dependency group to install, e.g. ``"spikegpt"``; None when the core suffices."""
     requires: tuple[str, ...] = ()
-    """What the targets need: import names, looked for without importing them, and Python versions (``"python<3.11"``)."""
+    """What the targets need: import names (looked for, not imported) and Python versions such as ``"python<3.11"``."""
 
     def __post_init__(self) -> None:
         if not _NAME.match(self.name):
@@ -138,7 +138,7 @@ class MetricSpec(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class ConverterSpec(Record):
-    """A converter: ``f(source: Path, **options) -> SpikingLanguageModel``; ``sniff(source) -> bool`` recognises its files."""
+    """A converter: ``f(source: Path, **options) -> SpikingLanguageModel``; ``sniff(source) -> bool`` knows them."""
 
     kind = "converters"
     targets = ("sniff", "convert")

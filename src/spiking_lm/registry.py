@@ -86,8 +86,7 @@ class PluginManager:
         self._block = frozenset(block)
         self._strict = strict
         self._trace = trace
-        self._pm = pluggy.PluginManager(GROUP)
-        self._pm.add_hookspecs(hookspecs)
+        self._loaded: dict[str, object] = {}
         self._plugins: list[PluginRecord] = []
         self._registered: dict[str, dict[str, Registered]] = {kind: {} for kind in KINDS}
         self._withdrawn: dict[tuple[str, str], PluginRecord] = {}
@@ -157,7 +156,7 @@ class PluginManager:
             return
 
         claims: dict[str, list[PluginRecord]] = {}
-        for record in found:
+        for record in sorted(found, key=lambda record: record.distribution or ""):
             if not record.first_party:
                 claims.setdefault(record.name, []).append(record)
         for name, rivals in sorted(claims.items()):
@@ -202,13 +201,11 @@ class PluginManager:
                 if plugin is None:
                     plugin = _import_entry(record)
                 _check_api(record, plugin)
-                self._attach(record, plugin)
+                calls = self._attach(record, plugin)
                 for hook in record.hooks:
-                    self._call(record, plugin, hook, offered)
+                    self._call(record, getattr(calls, hook), hook, offered)
             self._adopt(record, offered)
         except (Exception, SystemExit) as err:
-            if plugin is not None and self._pm.get_plugin(record.name) is plugin:
-                self._pm.unregister(plugin)  # a register() that failed leaves it half registered
             for spec in offered:
                 self._withdrawn.setdefault((spec.kind, spec.name), record)
             status: Status = "incompatible" if isinstance(err, _IncompatibleError) else "failed"
@@ -216,6 +213,7 @@ class PluginManager:
             hint = err.hint if isinstance(err, SpikingLMError) else _failure_hint(record, err)
             self._end(record, status, message, hint, cause=err)
         else:
+            self._loaded[record.name] = plugin
             self._plugins.append(record)
             self._remark(record)
         finally:
@@ -225,30 +223,36 @@ class PluginManager:
                     None, f"it takes {record.seconds:.1f} s to load; only its targets should import a framework"
                 )
 
-    def _attach(self, record: PluginRecord, plugin: object) -> None:
-        """Register with pluggy, and refuse what pluggy would let pass or explain badly."""
-        for name, other in self._pm.list_name_plugin():
+    def _attach(self, record: PluginRecord, plugin: object) -> pluggy.HookRelay:
+        """Hand the plugin to pluggy, refuse what pluggy would let pass or explain badly, and return its hooks.
+
+        Each plugin gets a pluggy manager of its own: none is left half registered when it fails, and an object with an
+        odd ``__eq__`` or without a hash disturbs nobody else.
+        """
+        for name, other in self._loaded.items():
             if other is plugin:
                 raise PluginError(
                     f"{record.target!r} is already loaded as plugin {name!r}", hint="keep one of the two entry points"
                 )
-            if name == record.name and other is not None:
-                raise PluginError(f"there is already a plugin {name!r}", hint="give each plugin its own name")
+        if record.name in self._loaded:
+            raise PluginError(f"there is already a plugin {record.name!r}", hint="give each plugin its own name")
         for name in HOOKS:
             function = getattr(plugin, name, None)
             if inspect.isroutine(function) and not hasattr(function, f"{GROUP}_impl"):
                 raise PluginError(f"{name!r} is not marked as a hook", hint="put @spiking_lm.hookimpl above it")
-        self._pm.register(plugin, name=record.name)
-        callers = self._pm.get_hookcallers(plugin) or []
+        pm = pluggy.PluginManager(GROUP)
+        pm.add_hookspecs(hookspecs)
+        pm.register(plugin, name=record.name)
+        callers = pm.get_hookcallers(plugin) or []
         for caller in callers:
-            optional = any(impl.optionalhook for impl in caller.get_hookimpls() if impl.plugin is plugin)
-            if not caller.has_spec() and not optional:
+            if not caller.has_spec() and any(not impl.optionalhook for impl in caller.get_hookimpls()):
                 near = did_you_mean(caller.name, HOOKS)
                 raise PluginError(f"unknown hook {caller.name!r}", hint=near or f"the hooks are {', '.join(HOOKS)}")
         implemented = {caller.name for caller in callers}
         record.hooks = [hook for hook in HOOKS if hook in implemented]
+        return pm.hook
 
-    def _call(self, record: PluginRecord, plugin: object, hook: str, offered: list[Record]) -> None:
+    def _call(self, record: PluginRecord, call: pluggy.HookCaller, hook: str, offered: list[Record]) -> None:
         """Call one hook of one plugin, collecting what it registers."""
         kind = hook.removeprefix(f"{GROUP}_")
         before = len(offered)
@@ -269,9 +273,8 @@ class PluginManager:
             offered.append(spec)
 
         start = time.perf_counter()
-        others = [other for other in self._pm.get_plugins() if other is not plugin]
         try:
-            self._pm.subset_hook_caller(hook, others)(register=register)
+            call(register=register)
         finally:
             if self._trace:
                 names = ", ".join(spec.name for spec in offered[before:]) or "nothing"
