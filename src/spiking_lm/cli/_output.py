@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+from spiking_lm.manifest import plain
 
 _WIDE = 160
 """Columns when nobody watches: a pipe or a log file has no edge to wrap at."""
@@ -35,26 +34,7 @@ errors = _console(stderr=True)
 
 def print_json(value: Any) -> None:
     """Print ``value`` as JSON on standard output: ASCII, so that any console takes it; not-a-number becomes null."""
-    sys.stdout.write(json.dumps(jsonable(value), indent=2) + "\n")
-
-
-def jsonable(value: Any) -> Any:
-    """Return ``value`` in JSON's types: records become objects, paths strings, NaN and infinities null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if value is None or isinstance(value, (str, int, float)):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): jsonable(item) for key, item in value.items()}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: jsonable(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, (set, frozenset)):
-        return sorted(jsonable(item) for item in value)
-    if isinstance(value, Iterable) and not isinstance(value, (bytes, Path)):
-        return [jsonable(item) for item in value]
-    if hasattr(value, "item"):  # a number of numpy or torch
-        return jsonable(value.item())
-    return str(value)
+    sys.stdout.write(json.dumps(plain(value), indent=2) + "\n")
 
 
 def table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -75,3 +55,14 @@ def _cell(value: Any) -> RenderableType:
     if isinstance(value, float):
         return Text(f"{value:.4g}")
     return Text("" if value is None else str(value))
+
+
+def flat(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Return the leaves of nested facts as rows of a table; large whole numbers get thousands separators."""
+    rows: list[tuple[str, Any]] = []
+    for key, value in facts.items():
+        if isinstance(value, Mapping):
+            rows += flat(value, f"{prefix}{key}.")
+        else:
+            rows.append((f"{prefix}{key}", f"{value:,}" if isinstance(value, int) else value))
+    return rows

@@ -1,0 +1,100 @@
+"""``spiking-lm generate``: text from a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+MODEL = typer.Argument(..., metavar="MODEL", help="A run directory, a checkpoint or a model folder.")
+MAX_TOKENS = typer.Option(300, "--max-tokens", min=1, help="Most tokens to write.")
+TEMPERATURE = typer.Option(0.8, "--temperature", min=0.0, help="0 always takes the likeliest token.")
+TOP_K = typer.Option(None, "--top-k", min=1, help="Choose among the so many likeliest tokens.")
+TOP_P = typer.Option(1.0, "--top-p", min=0.0, max=1.0, help="Choose among the likeliest tokens of so much probability.")
+SEED = typer.Option(0, "--seed", min=0, help="Same seed, same text.")
+
+
+def command(
+    model: Path = MODEL,
+    prompt: str = typer.Option("\n", "--prompt", help="The text to go on from; '-' reads it from standard input."),
+    max_tokens: int = MAX_TOKENS,
+    temperature: float = TEMPERATURE,
+    top_k: int | None = TOP_K,
+    top_p: float = TOP_P,
+    seed: int = SEED,
+    stop: list[str] = typer.Option([], "--stop", help="End before this text. May be repeated."),
+    stats: bool = typer.Option(False, "--stats", help="Say on standard error how fast, and with how many spikes."),
+    json: bool = typer.Option(False, "--json", help="Print one JSON object instead of a stream of text."),
+) -> None:
+    """Write text with a model, as it comes."""
+    import sys
+
+    from spiking_lm.cli._output import print_json
+    from spiking_lm.config import parse_config
+    from spiking_lm.errors import UsageError
+    from spiking_lm.generation import sample_text
+    from spiking_lm.recipe import GenerateConfig
+
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    values = {
+        "prompt": prompt,
+        "max_new_tokens": max_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+        "stop": stop,
+    }
+    config = parse_config(GenerateConfig, values, where="generate", error=UsageError)
+    network, tokenizer = load_model_and_tokenizer(model)
+    if json:
+        sample = sample_text(network, tokenizer, config)
+        spikes = spikes_per_token(network, tokenizer, prompt + sample.text)
+        print_json({"prompt": prompt, **vars(sample), "spikes_per_token": spikes})
+        return
+    if prompt.strip():
+        write(prompt)
+    sample = sample_text(network, tokenizer, config, stream=write)
+    write("\n")
+    if stats:
+        spikes = spikes_per_token(network, tokenizer, prompt + sample.text)
+        typer.echo(
+            f"{sample.tokens} tokens, {sample.tokens_per_s:,.1f} tokens/s, {spikes:,.1f} spikes per token", err=True
+        )
+
+
+def load_model_and_tokenizer(path: Path) -> tuple[Any, Any]:
+    """Load what ``path`` means and its tokenizer; bytes stand in for a tokenizer that a 256-token model lacks."""
+    from spiking_lm.checkpoints import load_model, resolve_model
+    from spiking_lm.data import create_tokenizer, load_tokenizer
+    from spiking_lm.errors import CheckpointError
+
+    folder = resolve_model(path)
+    model = load_model(folder)
+    if (folder / "tokenizer.json").is_file():
+        return model, load_tokenizer(folder / "tokenizer.json")
+    vocab_size = getattr(model.config, "vocab_size", None)
+    if vocab_size != 256:
+        raise CheckpointError(
+            f"{folder} has no tokenizer.json", hint=f"copy the tokenizer of its {vocab_size} tokens there"
+        )
+    return model, create_tokenizer({"type": "byte"})
+
+
+def spikes_per_token(model: Any, tokenizer: Any, text: str) -> float:
+    """Count the spikes of all sites while the model reads ``text``, per token."""
+    import torch
+
+    from spiking_lm.generation import evaluating
+
+    tokens = torch.from_numpy(tokenizer.encode(text).astype("int64"))[None]
+    with evaluating(model):
+        spikes = model(tokens, return_spikes=True).spikes or {}
+    return sum(float((s != 0).sum()) for s in spikes.values()) / tokens.shape[1]
+
+
+def write(text: str) -> None:
+    """Put a piece of text on standard output at once."""
+    typer.echo(text, nl=False)

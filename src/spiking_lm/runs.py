@@ -1,0 +1,501 @@
+"""Runs: a recipe's stages, one after the other, in a directory that says all there is to know about them.
+
+``<out>/<recipe name>/<UTC time>-<id>/`` holds ``recipe.yaml`` (resolved), ``manifest.json``, ``metrics.jsonl``,
+``log.txt``, ``checkpoints/`` and what each stage wrote. A stage that is complete is never repeated: a run that was
+stopped, or killed, goes on where it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shlex
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from spiking_lm import __version__
+from spiking_lm.errors import DataError, InterruptedRunError, MissingExtraError, RecipeError, SpikingLMError, UsageError
+from spiking_lm.files import atomic_write
+from spiking_lm.manifest import describe_environment, plain
+from spiking_lm.recipe import Overrides, Recipe, load_recipe, split_type
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from spiking_lm.data import LabelledData, TextData
+    from spiking_lm.interfaces import SpikingLanguageModel
+
+Status = Literal["running", "complete", "interrupted", "failed"]
+
+
+class RunDir:
+    """One run's directory. Use :meth:`create` or :meth:`open`.
+
+    ``path`` is the folder; the object is accepted wherever a path is.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, recipe: Recipe, out: Path) -> RunDir:
+        """Make the directory of a new run of ``recipe`` below ``out``, and point ``<out>/<name>/latest`` at it."""
+        family = out / recipe.name
+        while True:
+            path = family / f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+            try:
+                path.mkdir(parents=True)
+                break
+            except FileExistsError:
+                continue
+        run = cls(path)
+        atomic_write(path / "recipe.yaml", recipe.to_yaml())
+        run.update_manifest(
+            format=1,
+            spiking_lm=__version__,
+            recipe=recipe.name,
+            run=path.name,
+            status="running",
+            started=_now(),
+            ended=None,
+            seed=recipe.seed,
+            stages={},
+            **describe_environment(),
+        )
+        atomic_write(family / "latest", path.name + "\n")
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunDir:
+        """Open the directory of a run, or of a recipe's runs, which means the latest of them.
+
+        Raises: DataError when there is no run, or its recipe or manifest cannot be read.
+        """
+        folder = Path(path)
+        pointer = folder / "latest"
+        if not (folder / "manifest.json").is_file() and pointer.is_file():
+            folder = folder / Path(pointer.read_text(encoding="utf-8").strip()).name
+        for name in ("recipe.yaml", "manifest.json"):
+            if not (folder / name).is_file():
+                raise DataError(f"{folder} is not a run: it has no {name}", hint="a run is RUNS/<recipe>/<time>-<id>")
+        run = cls(folder)
+        run.manifest  # noqa: B018 - says now if it cannot be read
+        return run
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __repr__(self) -> str:
+        return f"RunDir({str(self.path)!r})"
+
+    @property
+    def recipe(self) -> Recipe:
+        """The resolved recipe."""
+        return load_recipe(self.path / "recipe.yaml")
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The manifest as it stands on disk."""
+        return read_json(self.path / "manifest.json")
+
+    @property
+    def status(self) -> Status:
+        """``running`` is also what a killed run says."""
+        status: Status = self.manifest["status"]
+        return status
+
+    @property
+    def resume_command(self) -> str:
+        """The command line that goes on with this run."""
+        return f"spiking-lm run --resume {shlex.quote(str(self.path))}"
+
+    def update_manifest(self, **changes: Any) -> None:
+        """Change entries of the manifest, atomically."""
+        path = self.path / "manifest.json"
+        manifest = self.manifest if path.is_file() else {}
+        self.write_json("manifest.json", {**manifest, **changes})
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file of the run, atomically."""
+        atomic_write(self.path / name, json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n")
+
+    def append_metrics(self, entry: Mapping[str, Any]) -> None:
+        """Append one line to ``metrics.jsonl``; a line that a killed process left half-written is cut off first."""
+        path = self.path / "metrics.jsonl"
+        line = json.dumps(plain(entry)) + "\n"
+        with open(path, "ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    content = path.read_bytes()
+                    file.truncate(content.rfind(b"\n") + 1)
+            file.write(line.encode())
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of ``metrics.jsonl``; see :func:`read_metrics`."""
+        return read_metrics(self.path / "metrics.jsonl")
+
+    def log(self, message: str) -> None:
+        """Append a line, with the time, to ``log.txt``."""
+        with open(self.path / "log.txt", "a", encoding="utf-8") as file:
+            file.write(f"{_now()} {message}\n")
+
+    def rewind_metrics(self, step: int) -> None:
+        """Forget what was logged after ``step``: training goes on from there and will log it again."""
+        kept = [entry for entry in self.metrics() if entry.get("step", 0) <= step]
+        atomic_write(self.path / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in kept))
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes out of this run while the block lasts; the system lets go when a process dies.
+
+        Raises: UsageError when another process holds it. On Windows, where files are locked otherwise, nothing is held.
+        """
+        try:
+            import fcntl
+        except ImportError:
+            yield
+            return
+        with open(self.path / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UsageError(
+                    f"{self.path} is being run by another process", hint="wait for it, or stop it"
+                ) from None
+            yield
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read ``metrics.jsonl``: one entry per line, without a last line that was cut short.
+
+    Raises: DataError naming the line when any other line is not JSON.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    entries: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            entries += [json.loads(line)] if line.strip() else []
+        except ValueError:  # noqa: PERF203
+            if number < len(lines):
+                raise DataError(f"{path}, line {number}: not JSON", hint="remove the line") from None
+    return entries
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises DataError naming the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path}: {error}") from None
+    if not isinstance(value, dict):
+        raise DataError(f"cannot read {path}: expected an object, found a {type(value).__name__}")
+    return value
+
+
+def run_recipe(
+    path_or_name: str | Path | None,
+    overrides: Overrides | None = None,
+    *,
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+    console: Console | None = None,
+) -> RunDir:
+    """Run every stage of a recipe and return its run directory.
+
+    Parameters: ``out`` is where runs are kept (default ``./runs``); ``resume`` is a run directory to go on with, whose
+    own recipe then holds, or ``"auto"``: the latest unfinished run of exactly this recipe, else a new one; ``console``
+    (rich) shows progress and results, by default on standard error.
+
+    Raises: RecipeError, UnknownNameError, PluginError, DataError; InterruptedRunError on Ctrl-C, with the command that
+    goes on; DivergedError.
+    """
+    out = Path(out) if out is not None else Path("runs")
+    if resume is not None and str(resume) != "auto":
+        run = RunDir.open(resume)
+        recipe = run.recipe
+        if overrides:
+            raise UsageError("a resumed run keeps its own recipe", hint="start a new run to change a setting")
+        if path_or_name is not None and (asked := load_recipe(path_or_name).name) != recipe.name:
+            raise UsageError(f"{run.path} is a run of {recipe.name!r}, not of {asked!r}")
+    else:
+        if path_or_name is None:
+            raise UsageError("no recipe was given", hint="'spiking-lm recipes ls' lists them")
+        recipe = load_recipe(path_or_name, overrides or ())
+        unfinished = _unfinished(recipe, out) if resume is not None else None
+        run = unfinished or RunDir.create(recipe, out)
+    with run.lock():
+        return _go(run, recipe, console or _stderr())
+
+
+def _unfinished(recipe: Recipe, out: Path) -> RunDir | None:
+    """Return the newest run of exactly this recipe that is neither complete nor going on in another process."""
+    family = out / recipe.name
+    for path in sorted(family.iterdir(), reverse=True) if family.is_dir() else ():
+        with contextlib.suppress(SpikingLMError):  # a folder of another kind, a broken run, or one that is locked
+            run = RunDir.open(path)
+            with run.lock():
+                if run.status != "complete" and run.recipe == recipe:
+                    return run
+    return None
+
+
+def plan(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
+    """Load the data and build the model of a recipe; say how large they are, and change nothing on disk."""
+    _check_extras(recipe)
+    data = load_data(recipe, console or _stderr())
+    model = build_model(recipe, data)
+    facts: dict[str, Any] = {
+        "recipe": recipe.name,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "data": data.describe(),
+    }
+    if recipe.train is not None:
+        per_step = recipe.train.batch_size * recipe.train.accumulate
+        if hasattr(data.train, "tokens"):
+            per_step *= recipe.train.seq_len
+            facts["tokens_per_step"], available = per_step, len(data.train.tokens)
+        else:
+            facts["examples_per_step"], available = per_step, len(data.train)
+        facts["steps"] = recipe.train.steps
+        facts["epochs"] = round(per_step * recipe.train.steps / max(1, available), 3)
+    return facts
+
+
+def load_data(recipe: Recipe, console: Console) -> TextData | LabelledData:
+    """Load the data of a recipe, with a progress bar where tokenizing takes long."""
+    from rich.progress import Progress
+
+    from spiking_lm import data
+
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        tasks: list[Any] = []
+
+        def show(done: int, total: int) -> None:
+            if not tasks:
+                tasks.append(progress.add_task("reading text", total=total))
+            progress.update(tasks[0], completed=done, total=total)
+
+        return data.load(recipe.data, progress=show)
+
+
+def build_model(recipe: Recipe, data: TextData | LabelledData) -> SpikingLanguageModel:
+    """Build the model of a recipe, its weights drawn from the recipe's seed, sized by the data.
+
+    Raises: RecipeError when the recipe gives a ``vocab_size`` or ``num_classes`` that the data contradicts.
+    """
+    import torch
+
+    from spiking_lm.models import create_model
+
+    name, config = split_type(recipe.model)
+    _fit(recipe, config, "vocab_size", data.tokenizer.vocab_size, f"the {data.tokenizer.type} tokenizer")
+    if hasattr(data, "labels"):
+        _fit(recipe, config, "num_classes", len(data.labels), "the set of labels")
+    torch.manual_seed(recipe.seed)
+    return create_model(name, **config)
+
+
+def _fit(recipe: Recipe, config: dict[str, Any], field: str, value: int, source: str) -> None:
+    given = config.get(field)
+    if given is not None and given != value:
+        raise RecipeError(
+            f"recipe {recipe.name}: model.{field} is {given}, but {source} has {value}",
+            hint=f"leave model.{field} out: it follows from the data",
+        )
+    config[field] = value
+
+
+# -- the stages -------------------------------------------------------------------------------------------------------
+
+
+def _go(run: RunDir, recipe: Recipe, console: Console) -> RunDir:
+    """Do what is left to do of a run."""
+    if run.status == "complete":
+        console.print(f"{run.path} is complete", highlight=False, soft_wrap=True)
+        return run
+    again = bool(run.manifest["stages"]) or (run.path / "checkpoints").is_dir()
+    run.update_manifest(status="running", ended=None, error=None)
+    run.log("resumed" if again else "started")
+    console.print(f"run directory: {run.path}", highlight=False, soft_wrap=True)
+    status: Status = "failed"
+    try:
+        _check_extras(recipe)
+        _Stages(run, recipe, console).go()
+        status = "complete"
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise InterruptedRunError("interrupted", hint=f"resume: {run.resume_command}") from None
+    except InterruptedRunError as error:
+        status = "interrupted"
+        error.hint = error.hint or f"resume: {run.resume_command}"
+        raise
+    except BaseException as error:
+        known = isinstance(error, SpikingLMError)
+        with contextlib.suppress(OSError):
+            run.update_manifest(error=str(error) if known else f"{type(error).__name__}: {error}")
+            run.log(f"failed: {error}" if known else traceback.format_exc())
+        raise
+    finally:
+        with contextlib.suppress(OSError):  # a full disk must not hide what happened
+            run.update_manifest(status=status, ended=_now())
+            run.log(status)
+    return run
+
+
+class _Stages:
+    """The stages of one run; each writes its results into the run directory."""
+
+    def __init__(self, run: RunDir, recipe: Recipe, console: Console) -> None:
+        self.run, self.recipe, self.console = run, recipe, console
+
+    def go(self) -> None:
+        """Load data and model, then do each stage that the recipe has and that is not complete."""
+        from spiking_lm.checkpoints import latest_checkpoint, load_model
+
+        run, recipe = self.run, self.recipe
+        self.data = load_data(recipe, self.console)
+        before = run.manifest.get("data")
+        if before is not None and before["sha256"] != self.data.sha256:
+            hashes = f"SHA-256 {self.data.sha256[:12]}..., was {before['sha256'][:12]}..."
+            raise DataError(
+                f"{run.path}: the data is not what the run began with ({hashes})",
+                hint="restore the data, or start a new run",
+            )
+        checkpoint = latest_checkpoint(run.path)
+        if "train" in run.manifest["stages"] and checkpoint is not None:
+            self.model = load_model(checkpoint)
+        else:
+            self.model = build_model(recipe, self.data)
+        parameters = sum(p.numel() for p in self.model.parameters())
+        run.update_manifest(
+            data={"sha256": self.data.sha256, **self.data.describe()},
+            model={"type": recipe.model["type"], "parameters": parameters},
+        )
+        self.resume_from = checkpoint
+        stages: dict[str, Callable[[], None]] = {
+            "train": self.train,
+            "evaluate": self.evaluate,
+            "generate": self.generate,
+            "explain": self.explain,
+            "report": self.report,
+        }
+        for name, stage in stages.items():
+            if getattr(recipe, name) is not None and name not in run.manifest["stages"]:
+                with _timed(run, name):
+                    stage()
+
+    def train(self) -> None:
+        from spiking_lm.training import train
+
+        step = int(self.resume_from.name.rpartition("-")[2]) if self.resume_from else 0
+        self.run.rewind_metrics(step)
+        self.model = train(
+            self.run, self.recipe, self.model, self.data, resume_from=self.resume_from, console=self.console
+        )
+
+    def evaluate(self) -> None:
+        from spiking_lm import evaluation
+
+        assert self.recipe.evaluate is not None
+        result = evaluation.evaluate(self.model, self.data, self.recipe.evaluate)
+        self.run.write_json("evaluation.json", result)
+        self.console.print(evaluation.render(result))
+
+    def generate(self) -> None:
+        from spiking_lm.generation import sample_text
+
+        config = self.recipe.generate
+        assert config is not None
+        self.console.rule("a sample")
+        self._show_piece(config.prompt)
+        sample = sample_text(self.model, self.data.tokenizer, config, stream=self._show_piece)
+        self.console.print()
+        self.console.rule()
+        atomic_write(self.run.path / "samples.txt", config.prompt + sample.text + "\n")
+
+    def _show_piece(self, piece: str) -> None:
+        self.console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+
+    def explain(self) -> None:
+        from spiking_lm.accounting import explain
+
+        assert self.recipe.explain is not None
+        split = self._split()
+        tokens = sample_tokens(self.data, split, self.recipe.explain.tokens)
+        explanation = explain(self.model, tokens, sample=f"{len(tokens):,} tokens of the {split} split")
+        self.run.write_json("explanation.json", explanation.to_dict())
+        self.console.print(explanation.render())
+
+    def report(self) -> None:
+        from spiking_lm.raster import save_raster
+        from spiking_lm.report import write_report
+
+        assert self.recipe.report is not None
+        n = self.recipe.report.raster_tokens
+        tokens = sample_tokens(self.data, self._split(), n)
+        save_raster(self.model, tokens, self.data.tokenizer, self.run.path / "raster.npz", n)
+        path = write_report(self.run.path)
+        self.console.print(f"report: {path}", highlight=False, soft_wrap=True)
+
+    def _split(self) -> str:
+        return self.recipe.evaluate.split if self.recipe.evaluate is not None else "test"
+
+
+@contextmanager
+def _timed(run: RunDir, stage: str) -> Iterator[None]:
+    """Note that a stage is complete, and how long it took; a stage that raises is not noted."""
+    run.update_manifest(stage=stage)
+    run.log(f"{stage}: started")
+    start = time.perf_counter()
+    yield
+    seconds = round(time.perf_counter() - start, 3)
+    stages = {**run.manifest["stages"], stage: {"ended": _now(), "seconds": seconds}}
+    run.update_manifest(stages=stages, stage=None)
+    run.log(f"{stage}: complete after {seconds:.1f} s")
+
+
+def sample_tokens(data: TextData | LabelledData, split: str, n: int) -> Any:
+    """Return the first ``n`` token ids ``(n,)`` of a split, fewer when it is shorter; examples are strung together."""
+    import numpy as np
+
+    part = getattr(data, split)
+    if hasattr(part, "tokens"):
+        return np.asarray(part.tokens[:n]).astype(np.int64)
+    pieces: list[Any] = []
+    for example in part:
+        if sum(map(len, pieces)) >= n:
+            break
+        pieces.append(data.tokenizer.encode(example.text).astype(np.int64))
+    return np.concatenate(pieces)[:n] if pieces else np.zeros(0, np.int64)
+
+
+def _check_extras(recipe: Recipe) -> None:
+    """Say before hours of training, not after, what the last stage lacks."""
+    from spiking_lm.provenance import installed
+
+    missing = [module for module in ("jinja2", "matplotlib") if not installed(module)]
+    if recipe.report is not None and missing:
+        raise MissingExtraError("the report stage", "report", detail=f"{' and '.join(missing)} not installed")
+
+
+def _stderr() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+__all__ = ["RunDir", "build_model", "load_data", "plan", "read_json", "read_metrics", "run_recipe"]
