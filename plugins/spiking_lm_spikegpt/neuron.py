@@ -22,8 +22,8 @@ class SnnTorchLeaky(Neuron):
     :func:`spiking_lm.kernels.lif_scan`, which :meth:`forward` then runs. ``reset: subtract`` has no such dynamics:
     snnTorch decides on a spike after subtracting the threshold for the previous one once more, so it runs step by step.
 
-    ``detach_reset`` chooses ``reset_delay``: snnTorch detaches exactly the reset that it applies one step late. Where it
-    resets to zero, that reset is applied here at once, so that the state is the membrane after the reset in both cases.
+    ``detach_reset`` chooses ``reset_delay``: snnTorch detaches exactly the reset that it applies one step late. Where
+    it resets to zero, that reset is applied here at once, so that the state is always the membrane after the reset.
     """
 
     config: LIFConfig
@@ -61,7 +61,9 @@ class SnnTorchLeaky(Neuron):
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Advance one time step: ``x (B, N)`` and membranes ``(B, N)`` -> spikes in the dtype of ``x``, membranes."""
         if state.shape != x.shape:  # snnTorch would go on with a membrane of zeros
-            raise UsageError(f"snntorch.leaky: a membrane of shape {tuple(state.shape)} for input of shape {tuple(x.shape)}")
+            raise UsageError(
+                f"snntorch.leaky: a membrane of shape {tuple(state.shape)} for input of shape {tuple(x.shape)}"
+            )
         v = state.to(compute_dtype(x, state))
         spikes, v = self.leaky(self.config.gain * x.to(v.dtype), v)
         if self.leaky.reset_delay and self.config.reset == "zero":

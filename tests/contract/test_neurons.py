@@ -53,6 +53,8 @@ def test_every_first_party_neuron_is_under_contract() -> None:
 
 def test_the_forms_really_differ() -> None:
     x = torch.randn(4, 50, 20, generator=torch.Generator().manual_seed(0)) * 3
-    seen = [create_neuron("lif", **form)(x)[0] for form in FORMS.values() if not {"surrogate", "detach_reset"} & form.keys()]
+    seen = [
+        create_neuron("lif", **form)(x)[0] for form in FORMS.values() if not {"surrogate", "detach_reset"} & form.keys()
+    ]
     for i, spikes in enumerate(seen):
         assert not any(torch.equal(spikes, other) for other in seen[:i])

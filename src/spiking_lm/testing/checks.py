@@ -127,7 +127,7 @@ def assert_kind(spikes: Tensor, kind: str, what: str) -> None:
 
 
 def assert_gradients_alive(module: nn.Module, exceptions: Mapping[str, str]) -> None:
-    """Fail unless every trainable parameter has a finite, non-zero gradient; ``exceptions`` maps patterns to reasons."""
+    """Fail unless every trainable parameter has a finite, non-zero gradient; ``exceptions``: pattern -> reason."""
     dead, unused = [], set(exceptions)
     for name, parameter in module.named_parameters():
         matching = {pattern for pattern in exceptions if fnmatch(name, pattern)}
@@ -145,7 +145,7 @@ def assert_gradients_alive(module: nn.Module, exceptions: Mapping[str, str]) -> 
 
 
 def hidden_tensors(root: nn.Module) -> dict[str, Tensor]:
-    """Find every tensor that a module keeps and that is no parameter: buffers, attributes, containers, closures' owners.
+    """Find every tensor that a module keeps and that is no parameter: buffers, attributes, containers.
 
     Returns path -> a copy of the tensor, so that two snapshots can be compared.
     """
@@ -190,7 +190,9 @@ def assert_no_new_tensors(before: Mapping[str, Tensor], after: Mapping[str, Tens
         for path, tensor in before.items()
         if path not in after or after[path].shape != tensor.shape or not torch.equal(after[path], tensor)
     )
-    assert not changed, f"{what} changed tensors kept in the module: {', '.join(changed)}. State is passed in and returned"
+    assert not changed, (
+        f"{what} changed tensors kept in the module: {', '.join(changed)}. State is passed in and returned"
+    )
 
 
 def assert_config_round_trip(config: StrictModel, known: Mapping[str, Any]) -> None:

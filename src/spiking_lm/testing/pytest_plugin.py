@@ -17,7 +17,14 @@ pytest.register_assert_rewrite("spiking_lm.testing.checks", "spiking_lm.testing.
 
 _SUBJECTS = ("The miller", "Her sister", "A stranger", "The old captain", "Nobody", "The younger clerk")
 _VERBS = ("counted", "forgot", "mended", "carried home", "described", "waited for")
-_OBJECTS = ("the silver coins", "a broken lamp", "the last letter", "his winter coat", "the evening boat", "seven apples")
+_OBJECTS = (
+    "the silver coins",
+    "a broken lamp",
+    "the last letter",
+    "his winter coat",
+    "the evening boat",
+    "seven apples",
+)
 _PLACES = ("by the river", "after supper", "in the rain", "without a word", "before the bell rang")
 
 
