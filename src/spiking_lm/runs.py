@@ -252,7 +252,7 @@ def _unfinished(recipe: Recipe, out: Path) -> RunDir | None:
 def plan(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
     """Load the data and build the model of a recipe; say how large they are, and change nothing on disk."""
     _check_extras(recipe)
-    data = load_data(recipe, console or _stderr())
+    data = load_data(recipe.data, console or _stderr())
     model = build_model(recipe, data)
     facts: dict[str, Any] = {
         "recipe": recipe.name,
@@ -271,8 +271,8 @@ def plan(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
     return facts
 
 
-def load_data(recipe: Recipe, console: Console) -> TextData | LabelledData:
-    """Load the data of a recipe, with a progress bar where tokenizing takes long."""
+def load_data(config: dict[str, Any], console: Console) -> TextData | LabelledData:
+    """Load what a recipe's ``data`` describes, with a progress bar where tokenizing takes long."""
     from rich.progress import Progress
 
     from spiking_lm import data
@@ -285,7 +285,7 @@ def load_data(recipe: Recipe, console: Console) -> TextData | LabelledData:
                 tasks.append(progress.add_task("reading text", total=total))
             progress.update(tasks[0], completed=done, total=total)
 
-        return data.load(recipe.data, progress=show)
+        return data.load(config, progress=show)
 
 
 def build_model(recipe: Recipe, data: TextData | LabelledData) -> SpikingLanguageModel:
@@ -363,7 +363,7 @@ class _Stages:
         from spiking_lm.checkpoints import latest_checkpoint, load_model
 
         run, recipe = self.run, self.recipe
-        self.data = load_data(recipe, self.console)
+        self.data = load_data(recipe.data, self.console)
         before = run.manifest.get("data")
         if before is not None and before["sha256"] != self.data.sha256:
             hashes = f"SHA-256 {self.data.sha256[:12]}..., was {before['sha256'][:12]}..."

@@ -16,8 +16,8 @@ from typer.core import TyperCommand, TyperGroup
 
 from spiking_lm.errors import SpikingLMError, did_you_mean
 
-# Name -> summary, in the order of the help page. A verb lives in spiking_lm.cli.<name>, as a function `command` or, when
-# it has sub-commands, a Typer `app`. The summaries stand here so that the help page imports none of them.
+# Name -> summary, in the order of the help page. A verb lives in spiking_lm.cli.<name>: a function `command`, or a Typer
+# `app` when it has sub-commands. The summaries stand here so that the help page imports none of them.
 VERBS = {
     "run": "Run a recipe: train, evaluate, generate, explain and report in one run directory.",
     "train": "Train the model of a recipe, and stop there.",
@@ -146,9 +146,7 @@ def _guarded(arguments: list[str]) -> int:
     own_options = arguments[: next((i for i, word in enumerate(arguments) if not word.startswith("-")), len(arguments))]
     debug = "--debug" in own_options
     if "--no-plugins" in own_options:
-        from spiking_lm import registry
-
-        registry.set_manager(registry.PluginManager.from_environment(discover="first-party"))
+        os.environ["SPIKING_LM_NO_PLUGINS"] = "1"  # for the registry, and for processes that we start
     try:
         return int(_application().main(arguments, prog_name="spiking-lm", standalone_mode=False) or 0)
     except SpikingLMError as error:

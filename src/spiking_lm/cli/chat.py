@@ -21,8 +21,8 @@ def command(
 ) -> None:
     """Write text with a model, turn by turn, keeping its state between turns.
 
-    A language model that was trained on plain text goes on with what you type; it does not answer. An empty line lets it
-    go on, /reset forgets everything, /quit or Ctrl-D leaves, Ctrl-C ends a turn.
+    A language model that was trained on plain text goes on with what you type; it does not answer. An empty line
+    lets it go on, /reset forgets everything, /quit or Ctrl-D leaves, Ctrl-C ends a turn.
     """
     from spiking_lm.cli.generate import load_model_and_tokenizer
 

@@ -28,14 +28,11 @@ def ls(json: bool = _JSON) -> None:
     if not found:
         console.print("no recipe is installed")
         return
-    rows = [
-        (r.name, r.model, r.data, ", ".join(r.extras), f"cannot be read: {r.error}" if r.error else r.description)
-        for r in found
-    ]
-    columns = ["name", "model", "data", "missing extras", "description"]
-    if not any(r.extras for r in found):
-        rows, columns = [(*row[:3], row[4]) for row in rows], [*columns[:3], columns[4]]
-    table(None, columns, rows)
+    rows = []
+    for r in found:
+        missing = f"needs the extra {', '.join(r.extras)}: " if r.extras else ""
+        rows.append((r.name, r.model, r.data, f"cannot be read: {r.error}" if r.error else missing + r.description))
+    table(None, ["name", "model", "data", "description"], rows)
 
 
 @app.command()
@@ -78,19 +75,24 @@ def validate(
     names: list[str] = typer.Argument(..., metavar="RECIPE...", help="Names or .yaml files."),
     json: bool = _JSON,
 ) -> None:
-    """Check recipes: every field, name and value. Exit code 2 when one is wrong, 3 when a plugin or extra is missing."""
+    """Check recipes: every field, name and value. Exit code 2: one is wrong; 3: a plugin or extra is missing."""
     from spiking_lm.cli._output import print_json
     from spiking_lm.errors import SpikingLMError
     from spiking_lm.recipe import load_recipe
 
-    results, worst = [], 0
-    for name in names:
+    def problem(name: str) -> SpikingLMError | None:
         try:
             load_recipe(name)
-            results.append({"recipe": name, "ok": True, "error": None, "hint": None})
         except SpikingLMError as error:
-            worst = max(worst, error.exit_code)
-            results.append({"recipe": name, "ok": False, "error": error.message, "hint": error.hint})
+            return error
+        return None
+
+    problems = {name: problem(name) for name in names}
+    results = [
+        {"recipe": name, "ok": error is None, "error": error and error.message, "hint": error and error.hint}
+        for name, error in problems.items()
+    ]
+    worst = max(error.exit_code if error else 0 for error in problems.values())
     if json:
         print_json(results)
     for result in () if json else results:

@@ -68,7 +68,8 @@ def _show_plan(recipe: str | Path, settings: list[str], as_json: bool) -> None:
         _output.print_json({**facts, "resolved": resolved.model_dump(mode="json", by_alias=True)})
         return
     typer.echo(resolved.to_yaml())
-    _output.table(None, ["what", "how much"], _output.flat(facts))
+    rows = [(key, value) for key, value in _output.flat(facts) if not key.endswith("sha256")]
+    _output.table(None, ["what", "how much"], rows)
 
 
 def _summary(run: Any) -> dict[str, Any]:
