@@ -5,21 +5,35 @@ from __future__ import annotations
 from pathlib import Path
 
 from spiking_lm.hookspecs import Register, hookimpl
-from spiking_lm.records import DatasetSpec, KernelSpec, MetricSpec, NeuronSpec, RecipeSpec, TokenizerSpec
+from spiking_lm.records import DatasetSpec, DoctorSpec, KernelSpec, MetricSpec, NeuronSpec, RecipeSpec, TokenizerSpec
 
 
 @hookimpl
 def spiking_lm_datasets(register: Register) -> None:
     """Register the embedded corpora and the loaders of users' own files."""
-    for name, config, factory, task, summary in (
-        ("austen3", "EmbeddedConfig", "corpora:austen3", "text", "three novels by Jane Austen, embedded (1.6 MB)"),
+    for name, config, factory, summary in (
+        ("austen3", "EmbeddedConfig", "corpora:austen3", "three novels by Jane Austen, embedded (1.6 MB)"),
+        ("text", "SplitConfig", "corpora:text", "your own text: a file, or train/valid/test files"),
+        ("wikitext2", "WikiTextConfig", "corpora:wikitext", "WikiText-2: wiki.{train,valid,test}.tokens or .raw"),
+        ("wikitext103", "WikiTextConfig", "corpora:wikitext", "WikiText-103: wiki.{train,valid,test}.tokens or .raw"),
+        ("ptb", "PathConfig", "corpora:ptb", "Penn Treebank: ptb.{train,valid,test}.txt"),
+        ("enwik8", "PathConfig", "corpora:enwik8", "100 MB of Wikipedia, split 90/5/5 million bytes"),
+        ("text8", "PathConfig", "corpora:text8", "100 MB of letters and spaces, split 90/5/5 million"),
+        ("binidx", "SplitConfig", "corpora:binidx", "tokens in Megatron's format: PREFIX.bin and PREFIX.idx"),
+        ("authors4", "EmbeddedConfig", "classification:authors4", "who wrote the sentence, 4 classes, embedded"),
+        ("sst2", "TreebankConfig", "classification:sst2", "Stanford Sentiment Treebank, 2 classes"),
+        ("sst5", "TreebankConfig", "classification:sst5", "Stanford Sentiment Treebank, 5 classes"),
+        ("mr", "FoldConfig", "classification:mr", "movie review sentences, 2 classes, cross-validated"),
+        ("subj", "FoldConfig", "classification:subj", "subjective or objective, cross-validated"),
+        ("trec", "HeldOutConfig", "classification:trec", "question types, 6 classes"),
+        ("tsv", "TableConfig", "classification:tsv", "your own labelled text: label<TAB>text with a header"),
     ):
         register(
             DatasetSpec(
                 name=name,
                 config=f"spiking_lm.data.configs:{config}",
                 factory=f"spiking_lm.data.{factory}",
-                task=task,
+                task="classification" if factory.startswith("classification:") else "text",
                 summary=summary,
             )
         )
@@ -101,3 +115,14 @@ def spiking_lm_recipes(register: Register) -> None:
         folder = package.parents[1] / "recipes"
     for path in sorted(folder.rglob("*.yaml")):
         register(RecipeSpec(name=path.relative_to(folder).with_suffix("").as_posix(), path=path))
+
+
+@hookimpl
+def spiking_lm_doctor(register: Register) -> None:
+    """Register the checks of what this plugin offers."""
+    for name, summary in (
+        ("data", "the embedded corpora are complete and unharmed"),
+        ("disk", "there is room for a run"),
+        ("kernels", "which implementation of each op runs"),
+    ):
+        register(DoctorSpec(name=name, summary=summary, function=f"spiking_lm.doctor:check_{name}"))

@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from spiking_lm.errors import DataError
 
@@ -32,7 +32,7 @@ def open_binary(path: Path) -> IO[bytes]:
         if path.suffix == ".xz":
             return lzma.open(path)
         if path.suffix == ".gz":
-            return gzip.open(path)
+            return cast(IO[bytes], gzip.open(path))
         if path.suffix == ".bz2":
             return bz2.open(path)
         if path.suffix == ".zip":
@@ -90,10 +90,7 @@ def _decode(decoder: codecs.IncrementalDecoder, block: bytes, name: str, fed: in
     except UnicodeDecodeError as err:
         where = fed - len(pending) + err.start
         data = pending + block
-        if where == 0 and data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            guess = "utf-16"
-        else:
-            guess = "latin-1"
+        guess = "utf-16" if where == 0 and data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "latin-1"
         raise DataError(
             f"{name} is not UTF-8: byte 0x{data[err.start]:02x} at offset {where} ({err.reason})",
             hint=f"convert it, e.g. with: iconv -f {guess} -t utf-8 FILE > FILE.utf8 (if it is {guess})",
@@ -129,7 +126,7 @@ class TextSource:
 
     @classmethod
     def of_file(cls, path: Path, start: int = 0, stop: int | None = None) -> TextSource:
-        """Make a source of the bytes ``start:stop`` of a file, reading it once to hash it and to check that it is UTF-8."""
+        """Make a source of the bytes ``start:stop`` of a file, reading it once to hash it and to check its UTF-8."""
         digest, n_bytes, n_chars = hashlib.sha256(), 0, 0
 
         def counted() -> Iterator[bytes]:
@@ -182,7 +179,7 @@ def char_border(path: Path, position: int) -> int:
 
 
 def line_border(path: Path, position: int, limit: int) -> int:
-    """Return a good place to cut a text near ``position``: after the line, else after the word, else after the character.
+    """Return a good place to cut a text: after the line at ``position``, else after the word, else the character.
 
     Looks at most 64 KiB ahead and never at or beyond ``limit``.
     """
@@ -194,15 +191,8 @@ def line_border(path: Path, position: int, limit: int) -> int:
     return char_border(path, position)
 
 
-def require_file(path: Path, layout: str) -> Path:
-    """Return ``path`` if it is a file, else raise DataError with the layout that is expected."""
-    if not path.is_file():
-        raise DataError(f"no such file: {path.absolute()}", hint=f"expected {layout}")
-    return path
-
-
 def find_one(candidates: Sequence[Path], what: str, layout: str) -> Path:
-    """Return the first of ``candidates``, each also tried compressed, or raise DataError listing what was looked for."""
+    """Return the first of ``candidates``, each also tried compressed, or raise DataError with what was looked for."""
     found = find_optional(candidates)
     if found is None:
         folders = sorted({str(path.parent.absolute()) for path in candidates})
@@ -224,6 +214,14 @@ def find_optional(candidates: Sequence[Path]) -> Path | None:
             if file.is_file():
                 return file
     return None
+
+
+def split_names(path: Path, split: str, extensions: Sequence[str]) -> list[Path]:
+    """Return the names under which a split may lie: in the folder ``path``, or beginning with ``path``."""
+    names = {"valid": ("valid", "dev", "val", "validation")}.get(split, (split,))
+    files = [f"{name}.{extension}".rstrip(".") for name in names for extension in extensions]
+    path = path.absolute()
+    return [path / file for file in files] + [path.with_name(f"{path.name}.{file}") for file in files if path.name]
 
 
 def read_lines(path: Path, *, latin1: bool = False) -> list[str]:

@@ -154,7 +154,7 @@ class CharTokenizer(Tokenizer):
             if self.unk_id is None:
                 where = int(np.argmin(known))
                 raise DataError(
-                    f"the character {text[where]!r} (U+{ord(text[where]):04X}, character {where}) is not in the vocabulary",
+                    f"the vocabulary has no {text[where]!r} (U+{ord(text[where]):04X}, character {where} of the text)",
                     hint="set the tokenizer's option 'unknown' to a character that stands for such",
                 )
             ids[~known] = self.unk_id
@@ -166,11 +166,11 @@ class CharTokenizer(Tokenizer):
 
 
 def _characters_of(texts: Iterable[str]) -> str:
-    found: set[str] = set()
+    found = np.zeros(0x110000, bool)
     for text in texts:
         encode_utf8(text)
-        found.update(text)
-    return "".join(sorted(found))
+        found[np.frombuffer(text.encode("utf-32-le"), "<u4")] = True
+    return "".join(map(chr, np.flatnonzero(found)))
 
 
 def _read_vocab(path: Path) -> str:
@@ -181,7 +181,8 @@ def _read_vocab(path: Path) -> str:
     except OSError as err:
         raise DataError(f"cannot read the vocabulary {path}: {err.strerror}") from err
     except (ValueError, KeyError, TypeError) as err:
-        raise DataError(f"{path} is not a character vocabulary ({err})", hint='expected JSON: {"0": "a", "1": "b"}') from err
+        hint = 'expected JSON: {"0": "a", "1": "b"}'
+        raise DataError(f"{path} is not a character vocabulary ({type(err).__name__}: {err})", hint=hint) from err
     text = "".join(character for character in characters if isinstance(character, str))
     if len(text) != len(characters) or any(len(character) != 1 for character in characters):
         raise DataError(f"{path}: every entry of a character vocabulary is one character")
@@ -235,10 +236,10 @@ class SubwordTokenizer(Tokenizer):
 
     def decode_bytes(self, ids: Ids) -> bytes:
         """Return the exact bytes of a byte-level tokenizer; of others, the UTF-8 of the decoded text."""
-        ids = self._checked(ids).tolist()
+        checked: list[int] = self._checked(ids).tolist()
         if self.bytes_add_up:
-            return b"".join([self._token_bytes[index] for index in ids])
-        return self._backend.decode(ids, skip_special_tokens=False).encode("utf-8")
+            return b"".join([self._token_bytes[index] for index in checked])
+        return self._backend.decode(checked, skip_special_tokens=False).encode("utf-8")
 
     def pieces(self, chunks: Iterable[str]) -> Iterator[str]:
         """Cut after a line end between two visible characters, or before a single space between two words.
@@ -251,14 +252,15 @@ class SubwordTokenizer(Tokenizer):
             if whole:
                 yield whole
             return
-        buffer = ""
-        tried = 0
+        buffer, tried = "", 0
         for chunk in chunks:
-            buffer += chunk
-            while len(buffer) - tried > PIECE:
-                cut = _last_cut(buffer, tried, tried + PIECE)
+            for start in range(0, len(chunk), PIECE):
+                buffer += chunk[start : start + PIECE]
+                if len(buffer) < PIECE:
+                    continue
+                cut = _last_cut(buffer, tried)
                 if cut is None:
-                    tried += PIECE - 2  # a cut is recognised by the two characters before and after it
+                    tried = len(buffer) - 2  # a cut is recognised by the character before and the one after
                 else:
                     yield buffer[:cut]
                     buffer, tried = buffer[cut:], 0
@@ -279,7 +281,7 @@ def _byte_alphabet() -> list[str]:
     """Return the 256 printable characters by which byte-level vocabularies write the bytes, in order of the bytes."""
     alphabet, spare = [], 256
     for value in range(256):
-        if 33 <= value <= 126 or 161 <= value <= 172 or 174 <= value:
+        if 33 <= value <= 126 or 161 <= value <= 172 or value >= 174:
             alphabet.append(chr(value))
         else:
             alphabet.append(chr(spare))
@@ -289,26 +291,28 @@ def _byte_alphabet() -> list[str]:
 
 def _splits_at_spaces(layout: dict[str, Any]) -> bool:
     """Tell whether a tokenizer's file says that it splits at spaces, and that no token reaches across such a split."""
-    if (layout.get("normalizer") or {"type": "NFC"})["type"] not in ("NFC", "NFD", "NFKC", "NFKD", "Lowercase"):
+    if (layout.get("normalizer") or {"type": "NFC"})["type"] not in ("NFC", "NFD", "Lowercase"):
         return False
-    if any(token["lstrip"] or "\n" in token["content"] for token in layout.get("added_tokens") or []):
-        return False
+    for token in layout.get("added_tokens") or []:
+        content = token["content"]
+        if token["lstrip"] or token["rstrip"] or "\n" in content or (not content.isspace() and " " in content):
+            return False
     splitter = layout.get("pre_tokenizer") or {}
     steps = splitter.get("pretokenizers", [splitter])
     if any(step.get("add_prefix_space") for step in steps):
         return False
-    return any(step.get("type") == "Split" or (step.get("type") == "ByteLevel" and step.get("use_regex")) for step in steps)
+    return any(step["type"] == "Split" or (step["type"] == "ByteLevel" and step["use_regex"]) for step in steps if step)
 
 
-def _last_cut(text: str, start: int, stop: int) -> int | None:
-    """Return the last safe place to cut in ``text[start:stop]``, or None."""
-    at = stop
+def _last_cut(text: str, start: int) -> int | None:
+    """Return the last safe place to cut ``text[start:]``, or None."""
+    at = last = len(text) - 1
     while (at := text.rfind("\n", start + 1, at)) > start:
-        if at + 1 < stop and not text[at - 1].isspace() and not text[at + 1].isspace():
+        if not text[at - 1].isspace() and not text[at + 1].isspace():
             return at + 1
-    at = stop
+    at = last
     while (at := text.rfind(" ", start + 1, at)) > start:
-        if at + 1 < stop and not text[at - 1].isspace() and text[at + 1].isalpha():
+        if not text[at - 1].isspace() and text[at + 1].isalpha():
             return at
     return None
 
