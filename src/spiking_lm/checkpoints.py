@@ -91,7 +91,10 @@ def load_model(path: str | os.PathLike[str], *, verify: bool = True) -> SpikingL
 
     Raises: CheckpointError naming the bad file, PluginError when the plugin that offers the model is not installed.
     """
-    return _read_model(resolve_model(path), verify).eval()
+    folder = resolve_model(path)
+    if verify:
+        verify_folder(folder)
+    return _read_model(folder).eval()
 
 
 def save_checkpoint(
@@ -138,16 +141,19 @@ def latest_checkpoint(run_dir: str | os.PathLike[str]) -> Path | None:
 def load_checkpoint(
     path: str | os.PathLike[str], *, verify: bool = True
 ) -> tuple[SpikingLanguageModel, dict[str, Any]]:
-    """Load a checkpoint to go on training: the model (``train()`` mode) and the trainer state, tensors on the CPU.
+    """Load a checkpoint (or a run's newest): the model in ``train()`` mode and the trainer state, tensors on the CPU.
 
     Raises: CheckpointError naming the bad file, PluginError when the plugin that offers the model is not installed.
     """
-    folder = Path(path)
+    folder = resolve_model(path)
+    if verify:
+        verify_folder(folder)
     if not _exists(folder, TRAINER_STATE):
         raise CheckpointError(
-            f"{folder}: not a checkpoint: no {TRAINER_STATE}", hint="name a folder like RUN/checkpoints/step-000100"
+            f"{folder}: a model, not a checkpoint of a run: no {TRAINER_STATE}",
+            hint="name a run or a folder like RUN/checkpoints/step-000100",
         )
-    model = _read_model(folder, verify)
+    model = _read_model(folder)
     saved = _read_json(folder, TRAINER_STATE)
     named = _STEP.fullmatch(folder.name)
     try:
@@ -236,6 +242,8 @@ def _seal(folder: Path) -> None:
     names = sorted(os.listdir(folder))
     (folder / SUMS).write_bytes("".join(f"{sha256_file(folder / name)}  {name}\n" for name in names).encode())
     (folder / COMPLETE).write_bytes(f"{sha256_file(folder / SUMS)}  {SUMS}\n".encode())
+    for name in names:  # safetensors makes its files readable by their owner alone
+        shutil.copymode(folder / COMPLETE, folder / name)
 
 
 def _problems(folder: Path) -> list[str]:
@@ -359,9 +367,7 @@ def _distributions(model_type: str, config: dict[str, Any]) -> dict[str, str]:
     return {e.plugin.distribution: e.plugin.version or "" for e in entries if e.plugin.distribution}
 
 
-def _read_model(folder: Path, verify: bool) -> SpikingLanguageModel:
-    if verify:
-        verify_folder(folder)
+def _read_model(folder: Path) -> SpikingLanguageModel:
     where = folder / CONFIG
     raw = _read_json(folder, CONFIG)
     version = raw.get("config_version")
@@ -380,7 +386,7 @@ def _read_model(folder: Path, verify: bool) -> SpikingLanguageModel:
 def _build(record: ModelFile, where: Path) -> SpikingLanguageModel:
     """Make the model that the record describes, its weights left zero where they would be drawn at random."""
     # The core's own distribution is here by definition; for another one a missing name means: install it.
-    wanted = sorted(name for name in record.requires if name != registry.OWN_DISTRIBUTION)
+    wanted = sorted(name for name in record.requires if name != "spiking-lm")
     try:
         with torch.random.fork_rng(devices=[]), _NoRandomFills():
             return spiking_lm.create_model(record.model_type, **record.config)
