@@ -210,6 +210,17 @@ def test_exceptions_must_name_a_parameter_that_exists(tmp_path: Path) -> None:
         try_law(Excused(), law, lambda: {"neuron": toys.Healthy(LIFConfig(), size=6)}, tmp_path)
 
 
+def test_matrices_outside_the_graph_must_be_named_and_exist(tmp_path: Path) -> None:
+    law = "test_graph_holds_every_weight_matrix_in_its_shape"
+
+    class Excused(TestHealthyModel):
+        outside_the_graph = {"class*": "runs once for a text"}
+
+    try_law(Excused(), law, lambda: {"model": toys.GraphForgetsAMatrix(toys.ToyConfig())}, tmp_path)
+    with pytest.raises(AssertionError, match="matches no weight matrix"):
+        try_law(Excused(), law, lambda: {"model": toys.Toy(toys.ToyConfig())}, tmp_path)
+
+
 def test_messages_say_where_and_by_how_much(tmp_path: Path) -> None:
     neuron = toys.WrongDynamics(LIFConfig())
     with pytest.raises(AssertionError, match=r"most at \(\d, \d+, \d\): .* where .* was expected \(allowed: relative"):
