@@ -80,7 +80,7 @@ def lif_scan(
 ) -> tuple[Tensor, Tensor]:
     """Run leaky integrate-and-fire neurons over time; see :func:`spiking_lm.kernels.lif_scan`."""
     dtype = compute_dtype(x, v0)
-    v = torch.zeros_like(x[0], dtype=dtype) if v0 is None else v0.to(dtype)
+    v = x.new_zeros(x.shape[1:], dtype=dtype) if v0 is None else v0.to(dtype)
     drift = 0.0 if v_reset is None else (1 - beta) * v_reset
     spikes, membranes = [], []
     for x_t in x.to(dtype).unbind(0):
@@ -90,7 +90,11 @@ def lif_scan(
         v = h - threshold * fired if v_reset is None else (1 - fired) * h + fired * v_reset
         spikes.append(s)
         membranes.append(v)
-    return torch.stack(spikes).to(x.dtype), v if final_only else torch.stack(membranes)
+    return _stack(spikes, 0, x).to(x.dtype), v if final_only else _stack(membranes, 0, x.to(dtype))
+
+
+def _stack(steps: list[Tensor], dim: int, like: Tensor) -> Tensor:
+    return torch.stack(steps, dim) if steps else torch.empty_like(like)
 
 
 WKVState = tuple[Tensor, Tensor, Tensor]
@@ -107,7 +111,7 @@ def wkv(
     for k_t, v_t in zip(k.to(dtype).unbind(1), v.to(dtype).unbind(1), strict=True):
         y, p, q, o = wkv_step(w, u, k_t, v_t, p, q, o)
         outputs.append(y)
-    return torch.stack(outputs, 1).to(v.dtype), (p, q, o)
+    return _stack(outputs, 1, v).to(v.dtype), (p, q, o)
 
 
 def wkv_step(

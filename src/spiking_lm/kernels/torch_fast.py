@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from spiking_lm.config import SurrogateConfig
-from spiking_lm.kernels.reference import WKVState, compute_dtype, empty_wkv_state, wkv_step
+from spiking_lm.kernels.reference import WKVState, compute_dtype, empty_wkv_state
 
 CHUNK = 32768
 """Elements per chunk: a handful of float32 temporaries of this size fit in 1 MiB, and torch does not thread them."""
@@ -98,7 +98,7 @@ def _lif_forward(x: Tensor, v0: Tensor | None, lif: _LIF, *, keep: bool) -> tupl
     """
     dtype = compute_dtype(x, v0)
     n_steps = x.shape[0]
-    nv = torch.zeros_like(x[0], dtype=dtype) if v0 is None else torch.neg(v0.to(dtype))
+    nv = x.new_zeros(x.shape[1:], dtype=dtype) if v0 is None else torch.neg(v0.to(dtype))
     spikes = torch.empty_like(x)
     kept = torch.empty_like(x, dtype=dtype) if keep else None
     membranes = None if lif.final_only else torch.empty_like(x, dtype=dtype)
@@ -148,9 +148,9 @@ def _lif_step(x: Tensor, v0: Tensor | None, lif: _LIF) -> tuple[Tensor, Tensor]:
     if v0 is not None:
         h.add_(v0, alpha=lif.beta)
     fires = h >= lif.threshold if lif.compare == ">=" else h > lif.threshold
-    spikes = fires.to(x.dtype).add_(h, alpha=0)
-    v = h.sub_(fires, alpha=lif.threshold) if lif.v_reset is None else h.masked_fill_(fires, lif.v_reset)
-    return spikes, v[0] if lif.final_only else v
+    spikes = fires.to(x.dtype)
+    v = h.sub(spikes, alpha=lif.threshold) if lif.v_reset is None else h.masked_fill(fires, lif.v_reset)
+    return spikes.add_(h, alpha=0), v[0] if lif.final_only else v
 
 
 class _LIFScan(torch.autograd.Function):
@@ -174,7 +174,7 @@ class _LIFScan(torch.autograd.Function):
         dtype, (x_dtype, v0_dtype) = kept.dtype, ctx.dtypes
         gx = torch.empty_like(kept, dtype=x_dtype)
         # The gradient that arrives from the next step, and its weight; the last step has no next one.
-        carry, weight = torch.zeros_like(kept[0]) if kept.shape[0] else kept.new_zeros(kept.shape[1:]), 1.0
+        carry, weight = kept.new_zeros(kept.shape[1:]), 1.0
         if lif.final_only and gv is not None:
             carry, gv = gv, None
         chunks = _chunks(kept.shape[0], carry.numel())
@@ -242,8 +242,8 @@ def _reset_slope(n: Tensor, ds: Tensor, lif: _LIF, *, out: Tensor) -> bool:
 
 # -- wkv ---------------------------------------------------------------------------------------------------------------
 
-_FAR = 60.0
-"""Beyond exp(60) the bonus term of wkv outweighs the whole past: larger exponents change no digit of the output."""
+_FAR = 40.0
+"""A bonus term of exp(40) outweighs any past by 1e17 over its length: larger exponents alter no digit."""
 
 
 def wkv(
@@ -257,10 +257,20 @@ def wkv(
         y, p, q, o = _WKV.apply(w, u, k, v, p, q, o)
         return y, (p, q, o)
     if k.shape[1] == 1:
-        y, p, q, o = wkv_step(w, u, k[:, 0].to(dtype), v[:, 0].to(dtype), p, q, o)
-        return y.unsqueeze(1).to(v.dtype), (p, q, o)
+        y, state = _wkv_step(w, u, k[:, 0].to(dtype), v[:, 0].to(dtype), p, q, o)
+        return y.unsqueeze(1).to(v.dtype), state
     y, state, _ = _wkv_forward(w, u, k, v, p, q, o, keep=False)
     return y, state
+
+
+def _wkv_step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, p: Tensor, q: Tensor, o: Tensor) -> tuple[Tensor, WKVState]:
+    """Do a single step, as in generation, on ``(B, C)``: the stable recurrence itself."""
+    bonus = torch.add(k, u).sub_(o).clamp_(max=_FAR).exp_()
+    y = torch.addcmul(p, bonus, v).div_(bonus + q)
+    decayed = w + o
+    o = torch.maximum(decayed, k)
+    decay, gate = decayed.sub_(o).exp_(), torch.sub(k, o).exp_()
+    return y, ((gate * v).addcmul_(decay, p), gate.addcmul_(decay, q), o)
 
 
 class _Kept(NamedTuple):
@@ -364,8 +374,9 @@ class _WKV(torch.autograd.Function):
             total = q + r
             torch.div(gy[start:stop], total, out=gn)
             torch.div(torch.addcmul(p, r, v_c), total, out=gd).mul_(gn).neg_()
-            g_bonus = torch.addcmul(gd, gn, v_c).mul_(r)
             g_value = gn * r
+            # v - y as (q v - p) / total: exactly 0 where there is no past yet.
+            g_bonus = torch.mul(q, v_c).sub_(p).div_(total).mul_(g_value)
             steps = g_sums.unbind(1)
             for following, previous, a_t in zip(steps[:0:-1], steps[-2::-1], reversed(a.unbind(0)), strict=True):
                 previous.addcmul_(a_t, following)
