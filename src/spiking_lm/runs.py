@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import shlex
 import time
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
     from spiking_lm.data import LabelledData, TextData
     from spiking_lm.interfaces import SpikingLanguageModel
+
+_RUN_NAME = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
 
 Status = Literal["running", "complete", "interrupted", "failed"]
 
@@ -81,7 +84,10 @@ class RunDir:
         folder = Path(path)
         pointer = folder / "latest"
         if not (folder / "manifest.json").is_file() and pointer.is_file():
-            folder = folder / Path(pointer.read_text(encoding="utf-8").strip()).name
+            name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+            if not _RUN_NAME.fullmatch(name):
+                raise DataError(f"{pointer} does not name a run: {name!r}", hint="name the run's folder itself")
+            folder = folder / name
         for name in ("recipe.yaml", "manifest.json"):
             if not (folder / name).is_file():
                 raise DataError(f"{folder} is not a run: it has no {name}", hint="a run is RUNS/<recipe>/<time>-<id>")
@@ -424,7 +430,10 @@ class _Stages:
         atomic_write(self.run.path / "samples.txt", config.prompt + sample.text + "\n")
 
     def _show_piece(self, piece: str) -> None:
-        self.console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+        safe = re.sub(
+            r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", piece
+        )  # nothing steers the terminal
+        self.console.print(safe, end="", markup=False, highlight=False, soft_wrap=True)
 
     def explain(self) -> None:
         from spiking_lm.accounting import explain

@@ -16,8 +16,8 @@ from typer.core import TyperCommand, TyperGroup
 
 from spiking_lm.errors import SpikingLMError, did_you_mean
 
-# Name -> summary, in the order of the help page. A verb lives in spiking_lm.cli.<name>: a function `command`, or a Typer
-# `app` when it has sub-commands. The summaries stand here so that the help page imports none of them.
+# Name -> summary, in the order of the help page. A verb lives in spiking_lm.cli.<name>: a function `command`, or a
+# Typer `app` when it has sub-commands. The summaries stand here so that the help page imports none of them.
 VERBS = {
     "run": "Run a recipe: train, evaluate, generate, explain and report in one run directory.",
     "train": "Train the model of a recipe, and stop there.",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,9 @@ TEMPERATURE = typer.Option(0.8, "--temperature", min=0.0, help="0 always takes t
 TOP_K = typer.Option(None, "--top-k", min=1, help="Choose among the so many likeliest tokens.")
 TOP_P = typer.Option(1.0, "--top-p", min=0.0, max=1.0, help="Choose among the likeliest tokens of so much probability.")
 SEED = typer.Option(0, "--seed", min=0, help="Same seed, same text.")
+
+_STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Control characters but tab and line end: a model that writes bytes can write escape sequences too."""
 
 
 def command(
@@ -28,8 +33,6 @@ def command(
     json: bool = typer.Option(False, "--json", help="Print one JSON object instead of a stream of text."),
 ) -> None:
     """Write text with a model, as it comes."""
-    import sys
-
     from spiking_lm.cli._output import print_json
     from spiking_lm.config import parse_config
     from spiking_lm.errors import UsageError
@@ -96,5 +99,8 @@ def spikes_per_token(model: Any, tokenizer: Any, text: str) -> float:
 
 
 def write(text: str) -> None:
-    """Put a piece of text on standard output at once."""
+    """Put a piece of text on standard output at once; on a terminal, without what would steer the terminal."""
+    if sys.stdout.isatty():
+        text = _STEERING.sub("\N{REPLACEMENT CHARACTER}", text)
     typer.echo(text, nl=False)
+    sys.stdout.flush()
