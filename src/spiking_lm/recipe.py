@@ -180,6 +180,8 @@ def resolve(document: dict[str, Any], overrides: Overrides = (), *, where: str =
         _override(document, path, value)
     _check_required_plugins(document.get("requires"), where)
     recipe = parse_config(Recipe, document, where=where, error=RecipeError)
+    for metric in (recipe.evaluate.metrics if recipe.evaluate else None) or ():
+        registry.get("metrics", metric)
     return recipe.model_copy(
         update={"data": _check_data(recipe.data, where), "model": _check_model(recipe.model, where)}
     )
