@@ -1,0 +1,62 @@
+"""``spiking-lm convert``: checkpoints of the papers' own code, in and out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+
+def command(
+    source: Path = typer.Argument(..., help="A .pth or .safetensors file of a paper's code, or a model folder or run."),
+    out: Path = typer.Argument(..., help="The model folder to write; a file with --to reference."),
+    to: str | None = typer.Option(
+        None, "--to", metavar="NAME", help="The model it is of (recognised when left out), or 'reference'."
+    ),
+    tokenizer: Path | None = typer.Option(
+        None, "--tokenizer", metavar="FILE", help="Store this tokenizer.json or character vocabulary with the model."
+    ),
+    settings: list[str] = typer.Option(
+        [], "--set", metavar="FIELD=VALUE", help="Set what the file does not tell, e.g. ctx_len=1024. May be repeated."
+    ),
+    json: bool = typer.Option(False, "--json", help="Print the result as JSON."),
+) -> None:
+    """Convert a checkpoint of a paper's own code to a spiking-lm model.
+
+    Nothing in SOURCE is executed: a file that holds more than tensors is refused. The result is read back and compared.
+    With --to reference, SOURCE is a model of ours and OUT a .pth or .safetensors file in its paper's keys.
+    """
+    from spiking_lm.cli import _output
+    from spiking_lm.convert import convert
+
+    done = convert(source, out, to=to, tokenizer=tokenizer, options=_options(settings))
+    if json:
+        _output.print_json(vars(done))
+        return
+    print_ = _output.console.print
+    print_(f"{done.source} -> {done.out}")
+    print_(f"  model       {done.model_type}, {done.parameters:,} parameters")
+    if done.source_sha256:
+        print_(f"  source      sha256 {done.source_sha256}")
+    print_(f"  written     sha256 {done.sha256}")
+    if done.compared is not None:
+        print_(f"  read back   {done.equal} of {done.compared} tensors equal the source's, bit for bit")
+
+
+def _options(settings: list[str]) -> dict[str, Any]:
+    """Read ``["neuron.type=lif", "ctx_len=64"]`` into nested options, values as YAML."""
+    from spiking_lm import safeyaml
+    from spiking_lm.errors import UsageError
+
+    options: dict[str, Any] = {}
+    for text in settings:
+        key, equals, value = text.partition("=")
+        *parents, name = key.strip().split(".")
+        if not equals or not all([*parents, name]):
+            raise UsageError(f"--set {text!r}: cannot be understood", hint="write --set field=value")
+        place = options
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[name] = safeyaml.parse(value, where=f"--set {key}")
+    return options
