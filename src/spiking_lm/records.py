@@ -138,7 +138,11 @@ class MetricSpec(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class ConverterSpec(Record):
-    """A converter: ``f(source: Path, **options) -> SpikingLanguageModel``; ``sniff(source) -> bool`` knows them."""
+    """A converter: ``convert(source, **options) -> SpikingLanguageModel``, where ``sniff(source) -> bool`` said True.
+
+    ``source`` is first the path, a file or a folder; when no converter takes that, it is the state dict in the file,
+    ``{name: tensor}``, read without running code.
+    """
 
     kind = "converters"
     targets = ("sniff", "convert")
