@@ -107,8 +107,10 @@ def _targets(manager: PluginManager, record: PluginRecord, imports: bool) -> lis
 
 def _offers(record: PluginRecord) -> str:
     """Say in a cell what a plugin registers, e.g. ``1 model, 12 recipes``."""
-    counts = ((kind.removesuffix("s"), len(names)) for kind, names in record.provides.items() if names)
-    return ", ".join(f"{count} {kind if count == 1 or kind == 'doctor' else kind + 's'}" for kind, count in counts)
+    counts = {kind.removesuffix("s"): len(names) for kind, names in record.provides.items() if names}
+    if "doctor" in counts:
+        counts["check"] = counts.pop("doctor")
+    return ", ".join(f"{count} {what}{'' if count == 1 else 's'}" for what, count in counts.items())
 
 
 def _explain(record: PluginRecord) -> None:
