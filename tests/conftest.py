@@ -5,6 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# Machines are noisy and torch's first call is slow: how long an example takes says nothing here.
+settings.register_profile("spiking-lm", deadline=None)
+settings.load_profile("spiking-lm")
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -7,7 +7,6 @@ one would have seen; with the optimizer's and the random generator's state resto
 from __future__ import annotations
 
 import math
-import shlex
 import signal
 import threading
 import time
@@ -208,7 +207,7 @@ def train(
             if stop and not last:
                 raise InterruptedRunError(
                     f"interrupted after step {step + 1:,}; saved {saved}",
-                    hint=f"resume: spiking-lm run --resume {shlex.quote(str(run.path))}",
+                    hint=f"resume: {run.resume_command}",
                 )
     return model
 
