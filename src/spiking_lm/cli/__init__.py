@@ -14,7 +14,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from spiking_lm.errors import SpikingLMError, did_you_mean
+from spiking_lm.errors import InterruptedRunError, SpikingLMError, did_you_mean
 
 # Name -> summary, in the order of the help page. A verb lives in spiking_lm.cli.<name>: a function `command`, or a
 # Typer `app` when it has sub-commands. The summaries stand here so that the help page imports none of them.
@@ -65,7 +65,10 @@ class _Verbs(TyperGroup):
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> int:
-        super().invoke(ctx)
+        try:
+            super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:  # typer's own handling of it differs from version to version
+            raise InterruptedRunError("interrupted") from interrupt
         return 0  # what a verb returns is for Python callers; its exit code is typer.Exit or an error
 
 
@@ -158,8 +161,8 @@ def _guarded(arguments: list[str]) -> int:
             return 0
         _show_usage_error(error, arguments)
         return int(error.exit_code)
-    except (KeyboardInterrupt, typer.Abort) as error:
-        _show_error("interrupted", None, debug and isinstance(error, KeyboardInterrupt))
+    except (KeyboardInterrupt, typer.Abort):
+        _show_error("interrupted", None, debug)
         return 130
     except BrokenPipeError:
         _silence_stdout()
