@@ -5,7 +5,8 @@ RECIPE ?= spikegpt/quickstart
 PIP_ARGS ?=
 
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
+# -qq: errors only; old pips warn about every index that lacks a package.
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS)
 FAILED = { echo "The installation failed. For a mirror, a proxy or wheels on disk set PIP_ARGS, e.g. make PIP_ARGS='--find-links wheels'"; exit 1; }
 
 .DEFAULT_GOAL := help
