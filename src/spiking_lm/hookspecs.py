@@ -2,6 +2,8 @@
 
 A plugin is a module (or object) with functions marked ``@spiking_lm.hookimpl``, found through the entry-point group
 ``spiking_lm``. Each function receives ``register`` and calls it with frozen records from :mod:`spiking_lm.records`.
+A hook may be called for a listing only: it registers and does nothing else. docs/hooks has a page with the targets of
+each example.
 """
 
 from __future__ import annotations
@@ -19,49 +21,110 @@ Register = Callable[[Any], None]
 
 @hookspec
 def spiking_lm_models(register: Register) -> None:
-    """Offer language models: ``register(ModelSpec(name="mine", config="mine.config:C", factory="mine.model:M"))``."""
+    """Offer language models, for ``create_model``, recipes and checkpoints.
+
+    >>> from spiking_lm.records import ModelSpec
+    >>> @hookimpl
+    ... def spiking_lm_models(register):
+    ...     register(ModelSpec(name="tiny", config="demo.config:TinyConfig", factory="demo.model:Tiny"))
+    """
 
 
 @hookspec
 def spiking_lm_neurons(register: Register) -> None:
-    """Offer neurons: ``register(NeuronSpec(name="adlif", config="adlif:AdLIFConfig", factory="adlif:AdLIF"))``."""
+    """Offer neurons, for ``create_neuron`` and the ``neuron`` of any model.
+
+    >>> from spiking_lm.records import NeuronSpec
+    >>> @hookimpl
+    ... def spiking_lm_neurons(register):
+    ...     register(NeuronSpec(name="leaky", config="demo.config:LeakyConfig", factory="demo.neuron:Leaky"))
+    """
 
 
 @hookspec
 def spiking_lm_kernels(register: Register) -> None:
-    """Offer kernels: ``register(KernelSpec(name="lif_scan/mine", implementation="mine:lif_scan", priority=5))``."""
+    """Offer implementations of a declared op; the best that fits the machine and the arguments runs.
+
+    >>> from spiking_lm.records import KernelSpec
+    >>> @hookimpl
+    ... def spiking_lm_kernels(register):
+    ...     register(KernelSpec(name="lif_scan/demo", implementation="demo.kernel:lif_scan", priority=-1))
+    """
 
 
 @hookspec
 def spiking_lm_datasets(register: Register) -> None:
-    """Offer datasets: ``register(DatasetSpec(name="diary", config="mine:DiaryConfig", factory="mine:load_diary"))``."""
+    """Offer datasets, for the ``data`` of a recipe.
+
+    >>> from spiking_lm.records import DatasetSpec
+    >>> @hookimpl
+    ... def spiking_lm_datasets(register):
+    ...     register(DatasetSpec(name="diary", config="demo.config:DiaryConfig", factory="demo.data:diary"))
+    """
 
 
 @hookspec
 def spiking_lm_tokenizers(register: Register) -> None:
-    """Offer tokenizers: ``register(TokenizerSpec(name="morse", config="mine:MorseConfig", factory="mine:Morse"))``."""
+    """Offer tokenizers, for the ``data.tokenizer`` of a recipe.
+
+    >>> from spiking_lm.records import TokenizerSpec
+    >>> @hookimpl
+    ... def spiking_lm_tokenizers(register):
+    ...     register(TokenizerSpec(name="words", config="demo.config:WordsConfig", factory="demo.words:Words"))
+    """
 
 
 @hookspec
 def spiking_lm_recipes(register: Register) -> None:
-    """Offer recipes: ``register(RecipeSpec(name="mine/small", path=Path(__file__).with_name("small.yaml")))``."""
+    """Offer recipe files, for ``spiking-lm run NAME``.
+
+    >>> from pathlib import Path
+    >>> from spiking_lm.records import RecipeSpec
+    >>> @hookimpl
+    ... def spiking_lm_recipes(register):
+    ...     register(RecipeSpec(name="demo/small", path=Path("small.yaml")))
+    """
 
 
 @hookspec
 def spiking_lm_metrics(register: Register) -> None:
-    """Offer metrics: ``register(MetricSpec(name="top1", function="mine:top1"))``."""
+    """Offer metrics, computed by every evaluation that they apply to.
+
+    >>> from spiking_lm.records import MetricSpec
+    >>> @hookimpl
+    ... def spiking_lm_metrics(register):
+    ...     register(MetricSpec(name="worst", function="demo.metric:worst"))
+    """
 
 
 @hookspec
 def spiking_lm_converters(register: Register) -> None:
-    """Offer converters: ``register(ConverterSpec(name="mine", sniff="mine:is_ours", convert="mine:read"))``."""
+    """Offer readers of other tools' checkpoints, for ``spiking-lm convert``.
+
+    >>> from spiking_lm.records import ConverterSpec
+    >>> @hookimpl
+    ... def spiking_lm_converters(register):
+    ...     register(ConverterSpec(name="demo", sniff="demo.convert:sniff", convert="demo.convert:read"))
+    """
 
 
 @hookspec
 def spiking_lm_commands(register: Register) -> None:
-    """Offer command-line verbs: ``register(CommandSpec(name="plot", function="mine.cli:plot", summary="Draw it."))``."""
+    """Offer command-line verbs.
+
+    >>> from spiking_lm.records import CommandSpec
+    >>> @hookimpl
+    ... def spiking_lm_commands(register):
+    ...     register(CommandSpec(name="hello", function="demo.cli:hello", summary="Say hello."))
+    """
 
 
 @hookspec
 def spiking_lm_doctor(register: Register) -> None:
-    """Offer health checks: ``register(DoctorSpec(name="board", function="mine:check_board"))``."""
+    """Offer health checks, for ``spiking-lm doctor``.
+
+    >>> from spiking_lm.records import DoctorSpec
+    >>> @hookimpl
+    ... def spiking_lm_doctor(register):
+    ...     register(DoctorSpec(name="board", function="demo.checks:board"))
+    """
