@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
+from types import MethodType
 
 import torch
 from snntorch import Leaky, SpikingNeuron
@@ -23,7 +25,7 @@ class SnnTorchLeaky(Neuron):
     snnTorch decides on a spike after subtracting the threshold for the previous one once more, so it runs step by step.
 
     ``detach_reset`` chooses ``reset_delay``: snnTorch detaches exactly the reset that it applies one step late. Where
-    it resets to zero, that reset is applied here at once, so that the state is always the membrane after the reset.
+    it resets to zero, that reset is applied here at once, so that the state is the membrane after the reset either way.
     """
 
     config: LIFConfig
@@ -65,24 +67,22 @@ class SnnTorchLeaky(Neuron):
                 f"snntorch.leaky: a membrane of shape {tuple(state.shape)} for input of shape {tuple(x.shape)}"
             )
         v = state.to(compute_dtype(x, state))
-        spikes, v = self.leaky(self.config.gain * x.to(v.dtype), v)
-        if self.leaky.reset_delay and self.config.reset == "zero":
-            v = (1 - self.leaky.mem_reset(v)) * v
-        # snnTorch keeps the membrane and the reset in the module, and with them the graph of everything before.
-        self.leaky.mem, self.leaky.reset = _NO_MEMBRANE, None
+        # snnTorch leaves membrane and reset in the module, and with them the graph of everything before. Here they end
+        # with this copy, so that neither calls nor threads meet.
+        leaky = copy.copy(self.leaky)
+        leaky.state_function = MethodType(leaky.state_function.__func__, leaky)  # was bound to the original
+        spikes, v = leaky(self.config.gain * x.to(v.dtype), v)
+        if leaky.reset_delay and self.config.reset == "zero":
+            v = (1 - leaky.mem_reset(v)) * v
         return spikes.to(x.dtype), v
 
 
-_NO_MEMBRANE = torch.zeros(0)
-
-
 def _stateless(leaky: Leaky) -> Leaky:
-    """Free a new ``Leaky`` of what snnTorch keeps outside and inside of it."""
+    """Free a new ``Leaky`` of what snnTorch keeps of it, and of what it would put into the state dict."""
     # The class keeps every neuron ever built, and utils.reset() of any network resets them all.
     SpikingNeuron.instances[:] = [other for other in SpikingNeuron.instances if other is not leaky]
     # Constants as plain attributes: they are the configuration's, not weights to be saved, loaded or cast to bfloat16.
     for name, value in list(leaky.named_buffers()):
         delattr(leaky, name)
         setattr(leaky, name, value)
-    leaky.mem, leaky.reset = _NO_MEMBRANE, None
     return leaky

@@ -7,6 +7,7 @@ import gc
 import subprocess
 import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -149,6 +150,16 @@ def test_nothing_of_snntorch_is_saved_cast_or_kept() -> None:
     gc.collect()
     assert kept() is None, "the module keeps its last membrane, and with it the graph of everything before"
     copy.deepcopy(neuron)
+
+
+def test_threads_do_not_meet_in_one_neuron() -> None:
+    neuron = create_neuron("snntorch.leaky", reset="subtract")
+    inputs = [drive((1, 300, 8), seed) for seed in range(4)]
+    expected = [neuron(x)[0] for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            found = list(pool.map(lambda x: neuron(x)[0], inputs))
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_half_precision_input_keeps_its_membrane_in_float32() -> None:

@@ -41,8 +41,8 @@ class AdLIF(Neuron):
     def __init__(self, config: AdLIFConfig, *, size: int | None = None) -> None:
         super().__init__(config, size=size)
         # Learned through softplus: a strength below zero would make a neuron that, once it fires, never stops.
-        initial = torch.full((size or 1,), config.strength).expm1().log()
-        self.raw_strength = nn.Parameter(initial)
+        strength = torch.full((size or 1,), config.strength)
+        self.raw_strength = nn.Parameter(strength + torch.log(-torch.expm1(-strength)))  # softplus of it is strength
 
     def init_state(
         self, shape: tuple[int, ...], *, device: torch.device | None = None, dtype: torch.dtype | None = None
