@@ -253,10 +253,11 @@ def _parse_tree(line: str) -> list[tuple[str, str]] | None:
         elif not open_nodes:
             return None
         elif token == ")":
-            label, *words = open_nodes.pop()
-            if not label.isdigit() or not words:
+            node = open_nodes.pop()
+            words = node[1:]
+            if not words or not node[0].isdigit():
                 return None
-            done.append((label, " ".join(words)))
+            done.append((node[0], " ".join(words)))
             if open_nodes:
                 open_nodes[-1] += words
         else:

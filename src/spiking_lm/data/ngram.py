@@ -64,6 +64,6 @@ def ngram_bits(train_tokens: NDArray[Any], test_tokens: NDArray[Any], max_order:
     """Return the bits per test token for each order from 0 to ``max_order``, for the price of the last."""
     if len(test_tokens) == 0:
         raise DataError("there is no text to score")
-    largest = max(255, int(np.max(train_tokens)), int(np.max(test_tokens)))
+    largest = int(max(np.max(train_tokens, initial=255), np.max(test_tokens)))
     levels = ngram_probabilities(train_tokens, test_tokens, max_order, vocab_size=largest + 1)
     return [float(-np.log2(p).mean()) for p in levels]

@@ -5,10 +5,12 @@ A file is built in one pass and in constant memory, whatever the size of the tex
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -148,16 +150,10 @@ def tokenize(
         if progress:
             progress(before + done, total)
 
-    try:
-        with atomic_folder(folder, replace=True) as building:
-            for split, source in zip(SPLITS, sources, strict=True):
-                write_tokens(building / f"{split}.bin", source, tokenizer, progress=report)
-                before += source.n_bytes
-    except OSError as err:
-        raise DataError(
-            f"cannot write the token cache {folder}: {err.strerror or err}",
-            hint="set SPIKING_LM_CACHE to a folder with room",
-        ) from err
+    with _writing_to(folder), atomic_folder(folder, replace=True) as building:
+        for split, source in zip(SPLITS, sources, strict=True):
+            write_tokens(building / f"{split}.bin", source, tokenizer, progress=report)
+            before += source.n_bytes
     return tokenizer, _open_folder(folder, sources, tokenizer)
 
 
@@ -185,9 +181,21 @@ def _learn_once(folder: Path, config: dict[str, Any], train: TextSource, where: 
     except (DataError, OSError, ValueError):
         pass  # not there or damaged
     tokenizer = create_tokenizer(config, train.read(), where=where)
-    tokenizer.save(path)
-    atomic_write(seal, tokenizer.sha256)
+    with _writing_to(folder):
+        tokenizer.save(path)
+        atomic_write(seal, tokenizer.sha256)
     return tokenizer
+
+
+@contextlib.contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as err:
+        raise DataError(
+            f"cannot write the token cache {folder}: {err.strerror or err}",
+            hint="set SPIKING_LM_CACHE to a folder with room that you may write to",
+        ) from err
 
 
 def _sidecar(path: Path) -> Path:

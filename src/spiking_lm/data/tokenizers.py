@@ -28,7 +28,9 @@ Tokens = NDArray[Any]
 Ids = Sequence[int] | Tokens
 
 PIECE = 1 << 18
-"""Characters encoded at a time by the subword tokenizers."""
+"""Characters after which a long text is cut, for the subword tokenizers, whose own structures take 100 times that."""
+ENCODED_AT_ONCE = 1 << 16
+"""Characters that one thread of the subword tokenizers encodes at a time."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -229,10 +231,12 @@ class SubwordTokenizer(Tokenizer):
         """Return the library's ids, without special tokens around the text."""
         encode_utf8(text)
         dtype = token_dtype(self.vocab_size)
-        parts = [
-            np.array(self._backend.encode(piece, add_special_tokens=False).ids, dtype) for piece in self.pieces([text])
-        ]
-        return np.concatenate(parts) if parts else np.zeros(0, dtype)
+        parts = [np.zeros(0, dtype)]
+        for piece in self._cut([text], PIECE):
+            batch = list(self._cut([piece], ENCODED_AT_ONCE))  # the library works on a batch in parallel
+            encodings = self._backend.encode_batch_fast(batch, add_special_tokens=False)
+            parts += [np.array(encoding.ids, dtype) for encoding in encodings]
+        return np.concatenate(parts)
 
     def decode_bytes(self, ids: Ids) -> bytes:
         """Return the exact bytes of a byte-level tokenizer; of others, the UTF-8 of the decoded text."""
@@ -247,25 +251,13 @@ class SubwordTokenizer(Tokenizer):
         There every GPT-like byte-level tokenizer splits anyway, so the tokens do not change. A text without such a
         place, and any text for other kinds of tokenizer, is kept whole in memory.
         """
-        if not self._can_cut:
-            whole = "".join(chunks)
-            if whole:
-                yield whole
-            return
-        buffer, tried = "", 0
-        for chunk in chunks:
-            for start in range(0, len(chunk), PIECE):
-                buffer += chunk[start : start + PIECE]
-                if len(buffer) < PIECE:
-                    continue
-                cut = _last_cut(buffer, tried)
-                if cut is None:
-                    tried = len(buffer) - 2  # a cut is recognised by the character before and the one after
-                else:
-                    yield buffer[:cut]
-                    buffer, tried = buffer[cut:], 0
-        if buffer:
-            yield buffer
+        return self._cut(chunks, PIECE)
+
+    def _cut(self, chunks: Iterable[str], size: int) -> Iterator[str]:
+        if self._can_cut:
+            return _cut_at_words(chunks, size)
+        whole = "".join(chunks)
+        return iter([whole] if whole else [])
 
     def to_json(self) -> str:
         """Return the library's JSON."""
@@ -304,6 +296,24 @@ def _splits_at_spaces(layout: dict[str, Any]) -> bool:
     return any(step["type"] == "Split" or (step["type"] == "ByteLevel" and step["use_regex"]) for step in steps if step)
 
 
+def _cut_at_words(chunks: Iterable[str], size: int) -> Iterator[str]:
+    """Join and cut a text into pieces of about ``size`` characters, at places where any such tokenizer splits."""
+    buffer, tried = "", 0
+    for chunk in chunks:
+        for start in range(0, len(chunk), size):
+            buffer += chunk[start : start + size]
+            if len(buffer) < size:
+                continue
+            cut = _last_cut(buffer, tried)
+            if cut is None:
+                tried = max(0, len(buffer) - 2)  # a cut is recognised by the character before and the one after
+            else:
+                yield buffer[:cut]
+                buffer, tried = buffer[cut:], 0
+    if buffer:
+        yield buffer
+
+
 def _last_cut(text: str, start: int) -> int | None:
     """Return the last safe place to cut ``text[start:]``, or None."""
     at = last = len(text) - 1
@@ -325,15 +335,13 @@ def train_bpe(config: BPEConfig, texts: Iterable[str]) -> SubwordTokenizer:
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    untrained = SubwordTokenizer.__new__(SubwordTokenizer)
-    untrained._can_cut = True
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size,
         min_frequency=config.min_frequency,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(untrained.pieces(_valid(texts)), trainer)
+    backend.train_from_iterator(_cut_at_words(_valid(texts), ENCODED_AT_ONCE), trainer)
     return SubwordTokenizer(backend, "bpe")
 
 
@@ -409,29 +417,34 @@ class StreamDecoder:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._ids: list[int] = []
-        self._shown = ""
+        self._shown = 0  # tokens of _ids whose text has been given
 
     def feed(self, ids: int | Ids) -> str:
         """Take one token or several; return the text that they complete, which may be empty."""
-        ids = [ids] if isinstance(ids, (int, np.integer)) else [int(index) for index in ids]
+        ids = [int(ids)] if isinstance(ids, (int, np.integer)) else [int(index) for index in ids]
         if self._tokenizer.bytes_add_up:
             return self._utf8.decode(self._tokenizer.decode_bytes(ids))
-        # The text of a token depends on those before it, so the tokens since the last line end are decoded again.
-        self._ids += ids
-        text = self._tokenizer.decode(self._ids)
-        ready = text.rstrip("\ufffd")
-        new, self._shown = ready[len(self._shown) :], max(self._shown, ready, key=len)
-        return new
+        given = ""
+        for index in ids:
+            self._ids.append(index)
+            new = self._new_text()
+            if new and not new.endswith("\ufffd"):
+                given += new
+                self._ids, self._shown = self._ids[self._shown :], len(self._ids) - self._shown
+        return given
 
     def flush(self) -> str:
         """Return what is left when no more tokens come: an incomplete character becomes U+FFFD."""
-        if self._tokenizer.bytes_add_up:
-            rest = self._utf8.decode(b"", final=True)
-            self._utf8.reset()
-            return rest
-        rest = self._tokenizer.decode(self._ids)[len(self._shown) :]
-        self._ids, self._shown = [], ""
+        rest = self._utf8.decode(b"", final=True) + self._new_text()
+        self._utf8.reset()
+        self._ids, self._shown = [], 0
         return rest
+
+    def _new_text(self) -> str:
+        # A token's text depends on the one before it (a leading space, a shared character), so the tokens that gave
+        # the last text are decoded again with the new ones.
+        known = self._tokenizer.decode(self._ids[: self._shown])
+        return self._tokenizer.decode(self._ids)[len(known) :]
 
 
 def stream_decoder(tokenizer: Tokenizer) -> StreamDecoder:
