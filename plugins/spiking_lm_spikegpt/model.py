@@ -28,6 +28,7 @@ from spiking_lm.kernels import wkv
 from spiking_lm_spikegpt.config import SpikeGPTConfig
 
 RESCALE_EVERY = 6  # layers between two halvings of the released generation script
+MAX_AVERAGED = 128  # tokens; slower channels hardly settle within a training sequence
 
 
 class BlockState(NamedTuple):
@@ -73,7 +74,7 @@ class Firing(nn.Module):
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """Run ``x (T, B, N)``; return spikes of that shape and the next state."""
         if self.gain is not None and self.bias is not None:
-            x = torch.addcmul(self.bias, x, self.gain)
+            x = torch.addcmul(self.gain * self.bias, x, self.gain)
         spikes, state = self.neuron(x.transpose(0, 1), state)
         return cast(Tensor, spikes).transpose(0, 1), state
 
@@ -178,6 +179,20 @@ class Block(nn.Module):
             for name, mix in (("att", self.att), ("ffn", self.ffn)):
                 for matrix in mix.MATRICES:
                     self.neurons[f"{name}_{matrix}"] = Firing(config, getattr(mix, matrix).in_features)
+            self._raise_output_gain()
+
+    def _raise_output_gain(self) -> None:
+        """Give the neurons behind the time mix gains that make up for its averaging.
+
+        A channel with decay lambda averages over about n = (1 + lambda) / (1 - lambda) tokens, which leaves 1/sqrt(n) of
+        the fluctuation of its input, and the sigmoid of the gate about half of that.
+        """
+        if isinstance(self.att, TimeMix):
+            decay = torch.exp(-torch.exp(self.att.time_decay.detach()))
+            averaged = ((1 + decay) / (1 - decay)).sqrt().clamp(max=MAX_AVERAGED**0.5)
+            gain = cast(Firing, self.neurons["att_output"]).gain
+            assert gain is not None
+            gain.data.mul_(2 * averaged)
 
     def firings(self) -> list[tuple[str, Firing]]:
         """Return the spike sites by name."""
@@ -235,10 +250,13 @@ class SpikeGPT(SpikingLanguageModel):
             nn.init.orthogonal_(self.emb.weight, 1e-4 * math.sqrt(max(config.vocab_size, config.n_embd)))
         ratio = config.vocab_size / config.n_embd
         nn.init.orthogonal_(self.head.weight, 0.5 * math.sqrt(max(ratio, 1.0)) if config.init != "scaled" else 0.5)
-        gains = {  # matrices not named keep PyTorch's default under "scaled", and are zero under "rwkv"
+        by_init = {  # matrices not named keep PyTorch's default under "scaled", and are zero under "rwkv"
             "scaled": {"att.value": 1.0, "att.output": 2.0, "ffn.key": 1.0, "ffn.value": 1.0},
+            "spikes": {"att.value": 1.0, "att.output": 2.0, "ffn.key": 4.0, "ffn.value": 1.0},
             "rwkv": {"att.value": 1.0, "ffn.key": 2.0},
-        }.get(config.init)
+        }
+        from_spikes = config.init == "scaled" and config.spiking and config.placement == "spike_input"
+        gains = by_init.get("spikes" if from_spikes else config.init)
         for block in self.layers():
             for name in ("att", "ffn"):
                 mix = getattr(block, name)
@@ -250,6 +268,9 @@ class SpikeGPT(SpikingLanguageModel):
                         nn.init.orthogonal_(weight, gain)
                     elif config.init == "rwkv":
                         nn.init.zeros_(weight)
+            if from_spikes and isinstance(block.att, TimeMix):
+                # Spikes have a mean; it must not reach the time mix as an offset that no average removes.
+                block.att.value.weight.data -= block.att.value.weight.data.mean(1, keepdim=True)
 
     def init_state(
         self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
