@@ -184,8 +184,8 @@ class Block(nn.Module):
     def _raise_output_gain(self) -> None:
         """Give the neurons behind the time mix gains that make up for its averaging.
 
-        A channel with decay lambda averages over about n = (1 + lambda) / (1 - lambda) tokens, which leaves 1/sqrt(n) of
-        the fluctuation of its input, and the sigmoid of the gate about half of that.
+        A channel with decay lambda averages over about n = (1 + lambda) / (1 - lambda) tokens, which leaves 1/sqrt(n)
+        of the fluctuation of its input, and the sigmoid of the gate about half of that.
         """
         if isinstance(self.att, TimeMix):
             decay = torch.exp(-torch.exp(self.att.time_decay.detach()))
