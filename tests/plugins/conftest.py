@@ -60,14 +60,25 @@ class Site:
 
     def python(self, *args: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run Python with the site on its path and no SPIKING_LM_ variable but those given."""
+        return self._run([sys.executable, *args], self.elsewhere, variables)
+
+    def shell(self, command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+        """Run a command line as a person types it, with this environment's programs first on the path."""
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        return self._run(command, folder, {"PATH": path, "OMP_NUM_THREADS": "1"})
+
+    def _run(
+        self, command: str | list[str], folder: Path, variables: dict[str, str]
+    ) -> subprocess.CompletedProcess[str]:
         kept = {key: value for key, value in os.environ.items() if not key.startswith("SPIKING_LM_")}
         return subprocess.run(
-            [sys.executable, *args],
+            command,
+            shell=isinstance(command, str),
             env={**kept, "PYTHONPATH": str(self.path), **variables},
-            cwd=self.elsewhere,
+            cwd=folder,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
 
     def cli(self, *args: str, **variables: str) -> subprocess.CompletedProcess[str]:

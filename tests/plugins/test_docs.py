@@ -6,14 +6,16 @@ import dataclasses
 import doctest
 import inspect
 import re
+import shutil
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from spiking_lm import hookspecs, registry
+from spiking_lm.provenance import Status
 from spiking_lm.records import Record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,3 +98,35 @@ def sessions(body: str) -> Iterator[tuple[str, str]]:
     for part in re.split(r"^\$ ", body, flags=re.MULTILINE)[1:]:
         command, _, output = part.partition("\n")
         yield command, output
+
+
+@pytest.mark.slow
+def test_the_tutorial_is_true(site: Any) -> None:
+    """Write the files of docs/plugins.md in order, run its commands, compare what they print; ``...`` is anything."""
+    shutil.rmtree(site.path / "spiking_lm_good-2.5.dist-info")
+    project, checker = site.elsewhere / "spiking-lm-delta", doctest.OutputChecker()
+    installed = False
+    for language, name, body in blocks((ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")):
+        if language != "console":
+            (project / name).parent.mkdir(parents=True, exist_ok=True)
+            (project / name).write_text(body, encoding="utf-8")
+            continue
+        for command, expected in sessions(body):
+            if command == "pip install --quiet -e .":
+                options = f"--no-deps --no-build-isolation --no-index --target '{site.path}'"
+                command, installed = command.replace("-e .", f"{options} ."), True
+            elif installed:  # --target knows no editable installation
+                shutil.copytree(project / "spiking_lm_delta", site.path / "spiking_lm_delta", dirs_exist_ok=True)
+            done = site.shell(command, project)
+            flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+            assert checker.check_output(expected, done.stdout + done.stderr, flags), (command, done.stdout, done.stderr)
+    tests = site.shell("pytest -q", project)
+    assert tests.returncode == 0, tests.stdout
+
+
+def test_the_tutorial_lists_every_hook() -> None:
+    text = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
+    for kind in registry.KINDS:
+        assert f"| `spiking_lm_{kind}` | `{CLASSES[kind].__name__}` | [{kind}](hooks/{kind}.md) |" in text
+    for status in get_args(Status):
+        assert f"| `{status}` |" in text
