@@ -102,7 +102,11 @@ def evaluate(model: SpikingLanguageModel, data: TextData | LabelledData, config:
         "protocol": protocol,
         "data": data.describe(),
     }
-    if isinstance(data, TextData) and data.tokenizer.type == "byte" and len(data.train.tokens) <= BASELINE_MAX_TOKENS:
+    if (
+        isinstance(data, TextData)
+        and data.tokenizer.type == "byte"
+        and 0 < len(data.train.tokens) <= BASELINE_MAX_TOKENS
+    ):
         from spiking_lm.data.ngram import ngram_bits
 
         held_out = getattr(data, config.split).tokens[: config.max_tokens]
