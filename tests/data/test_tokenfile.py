@@ -168,6 +168,18 @@ def test_a_damaged_cache_is_built_again(tmp_path: Path, corpus: dict[str, Any], 
     assert load(corpus, cache)[1] == 0
 
 
+def test_a_cached_tokenizer_that_was_altered_is_learned_again(tmp_path: Path, corpus: dict[str, Any]) -> None:
+    first, _ = load(corpus, tmp_path / "cache")
+    (path,) = (tmp_path / "cache" / "tokenizers").glob("*.json")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    vocab = content["model"]["vocab"]
+    vocab["e"], vocab["i"] = vocab["i"], vocab["e"]  # valid JSON, a valid tokenizer, another one
+    path.write_text(json.dumps(content), encoding="utf-8")
+    second, built = load(corpus, tmp_path / "cache")
+    assert built == 0
+    assert second.describe() == first.describe()
+
+
 def test_small_corpora_never_touch_the_disk(tmp_path: Path) -> None:
     _, built = load({"type": "austen3"}, tmp_path / "cache")
     assert built == 0

@@ -22,11 +22,15 @@ SAMPLE = (
     " 1813 -- naïve café \U0001f600\U0001f468‍\U0001f469 \0 日本語 й\r\n" * 4
 )
 NEOX_RUNS = "a\n\n\n  b   c    d\t\te 12345 foo_bar's they'll  \n x"
+RUNS = "a\n\n b\n\n\n  c.\n\nd\r\n\r\n e   f\t\tg \n h  i\n  j " * 8  # so that runs of white space become tokens
 texts = st.one_of(
     st.text(max_size=80),
     st.text(alphabet="ab \n\t.'1é\u0301日\U0001f600\0\u00a0\u2028", max_size=120),
     st.lists(
-        st.sampled_from(["word", " ", "  ", "\n", "\n\n", ".", "don't", " the", "\U0001f600", "é"]), max_size=30
+        st.sampled_from(
+            ["word", " ", "  ", "\n", "\n\n", "\n\n\n  c", " \n h", ".", "don't", " the", "\U0001f600", "é"]
+        ),
+        max_size=30,
     ).map("".join),
 )
 
@@ -38,7 +42,7 @@ def tokenizer(kind: str) -> Tokenizer:
     if kind == "char":
         return create_tokenizer({"type": "char"}, [SAMPLE])
     if kind == "bpe":
-        return create_tokenizer({"type": "bpe", "vocab_size": 300, "min_frequency": 1}, [SAMPLE])
+        return create_tokenizer({"type": "bpe", "vocab_size": 330, "min_frequency": 1}, [RUNS + SAMPLE])
     raise KeyError(kind)
 
 
