@@ -23,6 +23,7 @@ from spiking_lm.errors import PluginError, SpikingLMError
 from spiking_lm.graph import LMGraph, Op, ValueKind
 from spiking_lm.interfaces import SpikeSite, SpikingLanguageModel
 from spiking_lm.raster import Raster, load_raster, record_raster, save_raster
+from spiking_lm.report.tables import explanation_tables, percent
 from spiking_lm.watch import (
     CONNECTIONS,
     RANK,
@@ -67,6 +68,9 @@ CLASSES: tuple[OpClass, ...] = ("AC", "integer-AC", "MAC")
 
 E_MAC, E_AC = 4.6, 0.9
 """Picojoules of a float32 multiply-accumulate and of an accumulate in 45 nm (Horowitz, ISSCC 2014)."""
+
+ALWAYS = 0.99
+"""A channel that fires at this share of the tokens or more carries no information: it is saturated."""
 
 ENERGY_WORDS = "estimate, 45 nm constants, arithmetic only, no memory traffic"
 
@@ -120,7 +124,7 @@ class SiteCount:
     silent: float
     """Share of channels that never fire in the sample."""
     saturated: float
-    """Share of channels that fire at every token of the sample."""
+    """Share of channels that fire at 99 % of the tokens or more: a neuron may need a row's first token to charge."""
 
 
 @dataclass(frozen=True)
@@ -203,9 +207,9 @@ class Explanation:
         firing = 1 - sum((op.input_zeros or 0.0) * op.dense for op in fed) / sum(op.dense for op in fed)
         return (
             f"In front of {sum(share.matrices for share in driven)} of {matrices} weight matrices: spikes drive "
-            f"{weights:.1%} of the matrix weights and {dense:.1%} of the dense synaptic operations, "
-            f"where {firing:.1%} of the inputs fire."
-        ).replace("%", " %")
+            f"{percent(weights)} of the matrix weights and {percent(dense)} of the dense synaptic operations, "
+            f"where {percent(firing)} of the inputs fire."
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON-able form, with ``answer`` and the words that go with the energy."""
@@ -219,8 +223,6 @@ class Explanation:
 
     def render(self, *, full: bool = False) -> RenderableType:
         """Return rich tables, readable at 100 columns; ``full`` lists every operation and site instead of groups."""
-        from spiking_lm.report.tables import explanation_tables
-
         tables: RenderableType = explanation_tables(self.to_dict(), full=full)
         return tables
 
@@ -359,7 +361,7 @@ def _site_count(site: SpikeSite, graph: LMGraph, sites: SiteTaps) -> SiteCount:
         channels=fired.numel(),
         rate=float(fired.sum()) / (fired.numel() * steps),
         silent=float((fired == 0).double().mean()),
-        saturated=float((fired == steps).double().mean()),
+        saturated=float((fired >= ALWAYS * steps).double().mean()),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,13 +49,14 @@ def record_raster(model: SpikingLanguageModel, tokens: Any) -> dict[str, np.ndar
 def save_raster(model: SpikingLanguageModel, data_tokens: Any, tokenizer: Any, path: Path, n_tokens: int = 200) -> None:
     """Record the first ``n_tokens`` of ``data_tokens (N,)`` and write them with their text as ``.npz``, without pickle.
 
-    Arrays: ``text (T,)``, ``sites (S,)``, ``channels (S,)`` and ``spikes_<i> (T, C)`` for the i-th site.
+    Arrays: ``text`` (a JSON list of T strings in UTF-8), ``sites (S,)``, ``channels (S,)`` and ``spikes_<i> (T, C)`` for the i-th site.
     """
     ids = np.asarray(data_tokens[:n_tokens]).astype(np.int64)
     raster = record_raster(model, ids)
     sizes = {op.name: op.size for op in model.graph()}
     arrays: dict[str, Any] = {
-        "text": np.array([tokenizer.decode([int(i)]) for i in ids], dtype=np.str_),
+        # JSON, since numpy's strings lose the NUL bytes that they end with.
+        "text": np.frombuffer(json.dumps([tokenizer.decode([int(i)]) for i in ids]).encode(), np.uint8),
         "sites": np.array(list(raster), dtype=np.str_),
         "channels": np.array([sizes.get(site, s.shape[1]) for site, s in raster.items()], dtype=np.int64),
     }
@@ -69,13 +71,17 @@ def load_raster(path: Path) -> Raster:
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
             sites = [str(site) for site in file["sites"]]
-            return Raster(
-                text=[str(piece) for piece in file["text"]],
+            raster = Raster(
+                text=[str(piece) for piece in json.loads(file["text"].tobytes())],
                 spikes={site: file[f"spikes_{i}"] for i, site in enumerate(sites)},
                 channels={site: int(n) for site, n in zip(sites, file["channels"], strict=True)},
             )
     except Exception as error:  # numpy and zipfile raise a dozen kinds for a damaged file
         raise DataError(f"{path}: not a spike raster that can be read ({error})") from None
+    for site, spikes in raster.spikes.items():
+        if spikes.ndim != 2 or len(spikes) != len(raster.text) or spikes.dtype != np.uint8:
+            raise DataError(f"{path}: the spikes of {site!r} do not fit the text")
+    return raster
 
 
 def _evenly(n: int, most: int) -> np.ndarray[Any, Any]:

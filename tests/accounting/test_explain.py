@@ -349,7 +349,7 @@ def test_default_sample_says_what_it_is() -> None:
 
 def test_answer_and_forms() -> None:
     found = explain(Fake(KINDS["binary"], "binary"), torch.randint(VOCAB, (2, 6)))
-    assert found.answer.startswith("In front of 2 of 2 weight matrices: spikes drive 100.0 % of the matrix weights")
+    assert found.answer.startswith("In front of 2 of 2 weight matrices: spikes drive 100 % of the matrix weights")
     as_json = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert as_json["energy_words"] == ENERGY_WORDS
     assert as_json["classes"]["AC"]["weight_share"] == 1.0

@@ -82,7 +82,7 @@ def test_damaged_and_pickled_rasters_are_refused(tmp_path: Path) -> None:
     path.write_bytes(b"PK\x03\x04 not really")
     with pytest.raises(DataError, match=r"raster\.npz"):
         load_raster(path)
-    np.savez(path, text=np.array([{"a": 1}], dtype=object), sites=np.array([], dtype=np.str_), channels=np.array([]))
+    np.savez(path, text=np.array([{"a": 1}], dtype=object), sites=np.array([{}], dtype=object), channels=np.array([]))
     with pytest.raises(DataError, match="pickle"):
         load_raster(path)
 

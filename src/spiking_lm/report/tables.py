@@ -14,6 +14,13 @@ from rich.text import Text
 
 Row = Mapping[str, Any]
 
+CLASS_NAMES = {
+    "AC": "AC: fed by spikes, only adds",
+    "integer-AC": "integer-AC: fed by counts, k additions each",
+    "MAC": "MAC: fed by real numbers, multiplies and adds",
+    "other": "other: norms, mixes, gates, neurons, tables",
+}
+
 COLOURS = {"AC": "green", "integer-AC": "cyan", "MAC": "yellow"}
 
 
@@ -63,9 +70,11 @@ def count(n: float) -> str:
 
 
 def percent(share: float | None) -> str:
-    """Write a share in percent with one decimal; a share that is not quite 0 or 1 never looks as if it were."""
+    """Write a share in percent with one decimal; only exactly 0 and 1 are written as ``0 %`` and ``100 %``."""
     if share is None:
         return "–"
+    if share in (0, 1):
+        return f"{100 * share:.0f} %"
     if 0 < share < 0.0005:
         return "<0.1 %"
     if 0.9995 <= share < 1:
@@ -79,7 +88,9 @@ def span(values: Sequence[float | None]) -> str:
     if not known:
         return "–"
     low, high = percent(min(known)), percent(max(known))
-    return low if low == high else f"{low.removesuffix(' %')}–{high}"
+    if low == high:
+        return low
+    return f"{low} to {high}" if low[0] == "<" or high[0] == ">" else f"{low.removesuffix(' %')}–{high}"
 
 
 def bytes_of(n: float) -> str:
@@ -186,6 +197,7 @@ def _others(explanation: Row) -> Table:
 def _totals(explanation: Row) -> Table:
     bench = explanation["neurobench"]
     table = _table("Totals", "", ">", "")
+    table.show_header = False
     for name, share in explanation["classes"].items():
         table.add_row(
             Text(name, style=COLOURS[name]),
@@ -212,9 +224,7 @@ _OPERATIONS = {"Dense": "dense", "Effective_MACs": "effective MACs", "Effective_
 
 
 def _energy(explanation: Row) -> RenderableType:
-    table = _table(
-        "Energy per token, and how much less than the dense twin", "", *(">matrices", ">less", ">all ops", ">less")
-    )
+    table = _table("Energy per token", "", *(">matrices", ">twin / this", ">all operations", ">twin / this"))
     for row in explanation["energy"]:
         total = row["synaptic_pj"] + row["other_pj"]
         whole = ratio_of(row["ratio_with_other"])
