@@ -51,7 +51,7 @@ class PluginRecord:
     @property
     def origin(self) -> str:
         """The distribution and its version, for messages."""
-        return f"{self.distribution} {self.version}" if self.distribution else "registered by hand"
+        return " ".join(filter(None, [self.distribution, self.version])) or "registered by hand"
 
     def remark(self, error: str | None, hint: str | None) -> None:
         """Add a remark without hiding an earlier one."""

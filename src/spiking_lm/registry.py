@@ -429,11 +429,10 @@ def _entry_points() -> Iterator[PluginRecord]:
             continue  # unreadable, so it cannot be told to be one of ours
         if f"[{GROUP}]" not in text:
             continue
-        name = distribution.metadata["Name"] or "unknown"
+        name, version = _identity(distribution)
         if canonical(name) in seen:  # a second copy further down sys.path is never imported
             continue
         seen.add(canonical(name))
-        version = distribution.metadata["Version"]
         try:
             points = [point for point in distribution.entry_points if point.group == GROUP]
         except Exception as err:
@@ -442,6 +441,14 @@ def _entry_points() -> Iterator[PluginRecord]:
             continue
         for point in points:
             yield PluginRecord(point.name, name, version, target=point.value)
+
+
+def _identity(distribution: importlib.metadata.Distribution) -> tuple[str, str | None]:
+    """Return name and version; of a half removed installation, Python versions give None or raise."""
+    try:
+        return distribution.metadata["Name"] or "unknown", distribution.metadata["Version"]
+    except Exception:
+        return "unknown", None
 
 
 def _import_entry(record: PluginRecord) -> object:

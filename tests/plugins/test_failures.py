@@ -45,7 +45,7 @@ BROKEN: dict[str, tuple[str, str, str]] = {
     "exit without code": ("raise SystemExit", "sys.exit()", "SPIKING_LM_BLOCK=bad"),
     "raises at import": ("1 / 0", "ZeroDivisionError: division by zero", "SPIKING_LM_STRICT=1"),
     "syntax error": ("def broken(:\n    pass", "SyntaxError", "SPIKING_LM_STRICT=1"),
-    "null bytes": ("\0", "SyntaxError", "SPIKING_LM_BLOCK=bad"),
+    "null bytes": ("\0", "null bytes", "SPIKING_LM_BLOCK=bad"),
     "misspelled hook": (
         from_models_hook("pass").replace("spiking_lm_models", "spiking_lm_modelz"),
         "unknown hook 'spiking_lm_modelz'",
@@ -278,6 +278,15 @@ def test_a_malformed_entry_points_file_hides_no_plugin(site: Any) -> None:
     record = site.plugin("spiking-lm-bad")
     assert record["status"] == "failed"
     assert "malformed" in record["reason"]
+
+
+@pytest.mark.parametrize("metadata", [None, "Metadata-Version: 2.1\n"], ids=["no METADATA", "no name"])
+def test_a_half_removed_distribution_is_shown_as_unknown(site: Any, metadata: str | None) -> None:
+    site.add("spiking-lm-half", offering("half"), plugin="half")
+    path = site.path / "spiking_lm_half-1.0.dist-info" / "METADATA"
+    path.unlink() if metadata is None else path.write_text(metadata)
+    record = site.plugin("half")
+    assert (record["status"], record["distribution"], record["version"]) == ("active", "unknown", None)
 
 
 def test_a_plugin_without_hooks_is_asked_whether_it_means_that(site: Any) -> None:
