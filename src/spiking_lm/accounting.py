@@ -291,25 +291,25 @@ def sample_tokens(vocab_size: int, n: int = 512, *, tokenizer: Any = None) -> tu
     """Return ``n`` token ids to look at a model with, and what they are in words.
 
     They are text of the embedded corpus's validation part: encoded with ``tokenizer`` if there is one, else its bytes
-    modulo the vocabulary. Without the corpus they are random ids (seed 0).
+    modulo the vocabulary. Without the corpus, or where the tokenizer does not know its characters, they are random ids
+    (seed 0).
     """
+    corpus_words = "of the embedded corpus austen3 (validation part)"
     try:
         from spiking_lm import data
 
         corpus = data.load({"type": "austen3", "tokenizer": {"type": "byte"}})
         assert isinstance(corpus, data.TextData)
-        text = np.asarray(corpus.valid.tokens[: 8 * n], dtype=np.uint8).tobytes()
+        text = np.asarray(corpus.valid.tokens[: 8 * n], dtype=np.uint8)
+        if tokenizer is not None:
+            ids = np.asarray(tokenizer.encode(text.tobytes().decode("utf-8", errors="ignore")))[:n]
+            return torch.from_numpy(ids.astype(np.int64)), f"{len(ids)} tokens {corpus_words}"
     except SpikingLMError:  # a model can be looked at without the corpus; the words say so
         generator = torch.Generator().manual_seed(0)
         return torch.randint(vocab_size, (n,), generator=generator), f"{n} random token ids (seed 0)"
-    if tokenizer is not None:
-        ids = np.asarray(tokenizer.encode(text.decode("utf-8", errors="ignore"))).astype(np.int64)
-        words = "tokens of the embedded corpus austen3 (validation part)"
-    else:
-        ids = np.frombuffer(text, np.uint8).astype(np.int64) % vocab_size
-        modulo = f" modulo {vocab_size}" if vocab_size < 256 else ""
-        words = f"bytes{modulo} of the embedded corpus austen3 (validation part)"
-    return torch.from_numpy(ids[:n]), f"{min(n, len(ids))} {words}"
+    modulo = f" modulo {vocab_size}" if vocab_size < 256 else ""
+    ids = text[:n].astype(np.int64) % vocab_size
+    return torch.from_numpy(ids), f"{len(ids)} bytes{modulo} {corpus_words}"
 
 
 # --- Counting ---------------------------------------------------------------------------------------------------------

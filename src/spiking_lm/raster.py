@@ -49,7 +49,8 @@ def record_raster(model: SpikingLanguageModel, tokens: Any) -> dict[str, np.ndar
 def save_raster(model: SpikingLanguageModel, data_tokens: Any, tokenizer: Any, path: Path, n_tokens: int = 200) -> None:
     """Record the first ``n_tokens`` of ``data_tokens (N,)`` and write them with their text as ``.npz``, without pickle.
 
-    Arrays: ``text`` (a JSON list of T strings in UTF-8), ``sites (S,)``, ``channels (S,)`` and ``spikes_<i> (T, C)`` for the i-th site.
+    Arrays: ``text`` (a JSON list of T strings in UTF-8), ``sites (S,)``, ``channels (S,)`` and, for the i-th site,
+    ``spikes_<i> (T, C)``.
     """
     ids = np.asarray(data_tokens[:n_tokens]).astype(np.int64)
     raster = record_raster(model, ids)

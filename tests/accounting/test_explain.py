@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from torch import Tensor, nn
 
-from spiking_lm.accounting import E_AC, E_MAC, ENERGY_WORDS, connection_sparsity, explain, footprint
+from spiking_lm.accounting import E_AC, E_MAC, ENERGY_WORDS, connection_sparsity, explain, footprint, sample_tokens
 from spiking_lm.config import ModelConfig, NeuronConfig
 from spiking_lm.errors import DataError, PluginError
 from spiking_lm.graph import LMGraph, Op
@@ -345,6 +345,26 @@ def test_default_sample_says_what_it_is() -> None:
     assert found.tokens == 510
     assert "512" in found.sample
     assert "austen3" in found.sample or "random" in found.sample
+
+
+def test_default_sample_goes_through_the_tokenizer() -> None:
+    class Pairs:
+        def encode(self, text: str) -> list[int]:
+            return [len(text[i : i + 2]) for i in range(0, len(text), 2)]
+
+    class Refuses:
+        def encode(self, text: str) -> list[int]:
+            raise DataError("unknown character")
+
+    ids, words = sample_tokens(9, 20, tokenizer=Pairs())
+    assert ids.tolist() == [2] * 20
+    assert words == "20 tokens of the embedded corpus austen3 (validation part)"
+    ids, words = sample_tokens(9, 20, tokenizer=Refuses())
+    assert words == "20 random token ids (seed 0)"
+    assert ids.max() < 9
+    ids, words = sample_tokens(9, 20)
+    assert words == "20 bytes modulo 9 of the embedded corpus austen3 (validation part)"
+    assert 0 <= ids.min() <= ids.max() < 9
 
 
 def test_answer_and_forms() -> None:

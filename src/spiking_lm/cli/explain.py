@@ -20,12 +20,13 @@ def command(
     from spiking_lm import checkpoints, data
     from spiking_lm.accounting import explain, sample_tokens
     from spiking_lm.cli._output import console, print_json
+    from spiking_lm.watch import vocab_size
 
     folder = checkpoints.resolve_model(model)
     loaded = checkpoints.load_model(folder)
     own_tokenizer = folder / "tokenizer.json"
     tokenizer = data.load_tokenizer(own_tokenizer) if own_tokenizer.is_file() else None
-    ids, words = sample_tokens(loaded.config.vocab_size, tokens, tokenizer=tokenizer)
+    ids, words = sample_tokens(vocab_size(loaded), tokens, tokenizer=tokenizer)
     explanation = explain(loaded, ids, sample=words)
     if json:
         print_json(explanation.to_dict())
