@@ -277,11 +277,16 @@ def test_wkv_can_be_cut_in_time(implementation: str, train: bool, steps: int, wi
 @pytest.mark.parametrize("implementation", ["reference", "torch"])
 def test_wkv_rows_are_independent(implementation: str, steps: int, width: int, seed: int) -> None:
     decay, first, k, v = (t.float() for t in _wkv_inputs(seed, 3, steps, width, 3.0, False))
-    y, state = _wkv(implementation, [decay, first, k, v])
+    y, (p, q, o) = _wkv(implementation, [decay, first, k, v])
     for row in range(3):
-        alone, state_alone = _wkv(implementation, [decay, first, k[row : row + 1], v[row : row + 1]])
-        torch.testing.assert_close(alone[0], y[row], rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(state_alone[1][0], state[1][row], rtol=1e-5, atol=1e-6)
+        here = torch.arange(3)[:, None, None] == row
+        others, state = _wkv(implementation, [decay, first, k.where(here, 5 - k), v.where(here, -v)])
+        assert torch.equal(others[row], y[row]), "bit for bit, whatever the other rows hold"
+        assert all(torch.equal(other[row], own[row]) for other, own in zip(state, (p, q, o), strict=True))
+        alone, (p1, q1, o1) = _wkv(implementation, [decay, first, k[row : row + 1], v[row : row + 1]])
+        torch.testing.assert_close(alone[0], y[row], rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(p1[0] * torch.exp(o1[0] - o[row]), p[row], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(q1[0] * torch.exp(o1[0] - o[row]), q[row], rtol=1e-4, atol=1e-5)
 
 
 @quick

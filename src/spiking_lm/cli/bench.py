@@ -19,8 +19,8 @@ def command(
 ) -> None:
     """Time the kernels and models on this machine.
 
-    Every figure is a ratio of medians measured in turns in this same run, so that a busy machine slows both sides. A
-    missed target is shown, not turned into an exit code.
+    Every figure is a ratio of medians, measured in turns in the same run: processor time with one thread, wall clock
+    with more. A missed target is shown, not turned into an exit code.
     """
     from spiking_lm import bench
     from spiking_lm.cli._output import console, errors, print_json, table

@@ -1,0 +1,170 @@
+"""The benchmarks measure what they say; their figures depend on the machine and are not tested here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from spiking_lm import bench, kernels
+from spiking_lm.bench import Row
+from spiking_lm.errors import MissingExtraError, UnknownNameError
+
+needs_snntorch = pytest.mark.skipif(importlib.util.find_spec("snntorch") is None, reason="snntorch is not installed")
+
+
+def test_targets_are_lower_or_upper_bounds() -> None:
+    assert Row("a", "a", 5.0, target=5.0).passed is True
+    assert Row("a", "a", 4.9, target=5.0).passed is False
+    assert Row("a", "a", 1.1, target=1.1, at_most=True).passed is True
+    assert Row("a", "a", 1.2, target=1.1, at_most=True).passed is False
+    assert Row("a", "a", 1.2).passed is None
+    assert Row("a", "a", None, target=1.0).to_dict()["passed"] is None
+
+
+def test_candidates_take_turns_and_the_first_round_is_not_counted() -> None:
+    order: list[str] = []
+
+    def slow() -> None:
+        order.append("slow")
+        time.sleep(0.03)
+
+    times = bench.interleaved({"slow": slow, "fast": lambda: order.append("fast")}, 3)
+    assert order == ["slow", "fast"] * 4
+    assert {name: len(values) for name, values in times.wall.items()} == {"slow": 3, "fast": 3}
+    assert min(times.wall["slow"]) >= 20
+    assert max(times.cpu["slow"]) < 15, "sleeping costs no processor time"
+
+
+@pytest.mark.parametrize(("count", "clock"), [(1, "processor time"), (2, "wall clock")])
+def test_the_clock_follows_the_threads(count: int, clock: str) -> None:
+    before = torch.get_num_threads()
+    with bench.threads(count):
+        assert torch.get_num_threads() == count
+        assert bench.interleaved({"a": lambda: None}, 1).to_dict()["clock"] == clock
+    assert torch.get_num_threads() == before
+
+
+def test_rows_are_chosen_by_name_or_group() -> None:
+    assert bench.select([]) == list(bench.ROWS)
+    assert bench.select(["wkv", "lif/128x32x512"]) == ["lif/128x32x512", "wkv/1x1024x512"]
+    with pytest.raises(UnknownNameError, match="did you mean 'spikegpt'"):
+        bench.select(["spikegtp"])
+    with pytest.raises(UnknownNameError):
+        bench.select(["l"])
+
+
+def test_the_loop_that_wkv_is_timed_against_computes_wkv() -> None:
+    generator = torch.Generator().manual_seed(0)
+    k, v = torch.randn(2, 2, 20, 5, generator=generator, dtype=torch.float64)
+    decay, first = torch.randn(2, 5, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(bench.wkv_loop(decay, first, k, v), kernels.wkv(decay, first, k, v)[0])
+
+
+@pytest.mark.parametrize("name", list(bench.LIF_PEERS))
+@pytest.mark.filterwarnings("ignore")
+def test_peers_run_the_same_neuron(name: str) -> None:
+    """All of them are SpikeGPT's neuron, so that the comparison is one of speed alone."""
+    package, build = bench.LIF_PEERS[name]
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    x = 2 * torch.randn(50, 3, 4, generator=torch.Generator().manual_seed(0))
+    expected, _ = kernels.lif_scan(x, beta=0.5, gain=0.5, threshold=1.0)
+    assert torch.equal(build()(x.requires_grad_()).detach(), expected)
+
+
+@needs_snntorch
+@pytest.mark.filterwarnings("ignore")
+def test_a_peer_that_is_absent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from snntorch import SpikingNeuron
+
+    known = len(SpikingNeuron.instances)
+    monkeypatch.setitem(bench.LIF_PEERS, "other LIF", ("no_such_package_xyz", bench.LIF_PEERS.__getitem__))
+    row = bench.bench_lif((8, 1, 16), 5.0, 1)
+    assert "other LIF (not installed)" in row.note
+    assert row.value is not None
+    assert row.details["peers"]["other LIF"] == "not installed"
+    assert len(SpikingNeuron.instances) == known, "a user's utils.reset() must not meet our neuron"
+
+
+def test_without_any_peer_there_is_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "LIF_PEERS", {"other LIF": ("no_such_package_xyz", lambda: None)})
+    row = bench.bench_lif((8, 1, 16), 5.0, 1)
+    assert row.value is None
+    assert row.passed is None
+    assert "no peer is installed" in row.note
+
+
+def test_the_products_are_those_of_every_linear_layer() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2, bias=False))
+    job = bench.matrix_products(model, 7, torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        job()
+    assert counter.get_total_flops() == 3 * 2 * 7 * (3 * 5 + 5 * 2)
+
+
+@needs_snntorch
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_training_row(dtype: torch.dtype) -> None:
+    row = bench.bench_training(dtype, 60.0, 1, n_layer=2, n_embd=16, vocab_size=20, length=12)
+    assert row.unit == "%"
+    assert row.value is not None
+    assert row.value == pytest.approx(
+        100 * row.details["tokens_per_s"]["model"] / row.details["tokens_per_s"]["products"]
+    )
+
+
+@needs_snntorch
+def test_generation_row_compares_the_tokens() -> None:
+    row = bench.bench_generation(1, n_layer=2, n_embd=16, vocab_size=80, new_tokens=20)
+    assert row.details["identical"] is True
+    assert len(row.details["tokens"]["cached"]) == 20
+
+
+@needs_snntorch
+def test_constant_time_row() -> None:
+    row = bench.bench_constant_time(1, n_layer=2, n_embd=16, vocab_size=20, near=4, far=30)
+    assert row.at_most
+    assert row.value is not None
+
+
+def test_a_missing_extra_leaves_the_other_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(repeats: int) -> Row:
+        raise MissingExtraError("model 'spikegpt'", "spikegpt")
+
+    monkeypatch.setitem(bench.ROWS, "spikegpt/train-fp32", broken)
+    row, other = bench.run(["spikegpt/train-fp32", "wkv/1x1024x512"], repeats=1)
+    assert row.value is None
+    assert "pip install 'spiking-lm[spikegpt]'" in row.note
+    assert other.value is not None
+
+
+def test_the_verb_prints_a_table_and_writes_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import typer
+
+    from spiking_lm.cli.bench import command
+
+    monkeypatch.setattr(bench, "ROWS", {"wkv/tiny": lambda repeats: bench.bench_wkv((1, 16, 8), 1e9, repeats)})
+    monkeypatch.setenv("COLUMNS", "200")
+    app = typer.Typer()
+    app.command()(command)
+    target = tmp_path / "new" / "bench.json"
+    result = CliRunner().invoke(app, ["--json", str(target), "--repeats", "2"])
+    assert result.exit_code == 0, result.output
+    assert "MISSED" in result.stdout
+    written = json.loads(target.read_text())
+    assert written["threads"] == 1
+    assert torch.__version__.startswith(written["versions"]["torch"].partition("+")[0])
+    assert written["hardware"]["cpu"]
+    (row,) = written["rows"]
+    assert row["passed"] is False, "no kernel is a billion times faster than a loop"
+    assert row["details"]["clock"] == "processor time"
+    printed = CliRunner().invoke(app, ["--json", "-", "--repeats", "1"])
+    assert json.loads(printed.stdout)["rows"][0]["name"] == "wkv/1x16x8"
