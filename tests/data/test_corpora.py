@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from spiking_lm import data
-from spiking_lm.data import TextData, corpora
+from spiking_lm.data import TextData, TextSource, corpora, sources
 from spiking_lm.data.binidx import DTYPES, open_binidx
 from spiking_lm.errors import ConfigError, DataError
 
@@ -230,6 +230,21 @@ def test_shares_must_leave_a_training_text(tmp_path: Path) -> None:
         load(type="text", path=str(tmp_path), valid=0)
     with pytest.raises(ConfigError, match="path"):
         load(type="text")
+
+
+def test_a_source_is_read_in_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "BLOCK", 10)
+    for text in ("short\nlines é\n\nof a text\nwithout an end", "x" * 95, "a\n" + "b" * 50 + "\nc\n", ""):
+        path = tmp_path / "a.txt"
+        path.write_text(text, encoding="utf-8")
+        pieces = list(TextSource.of_file(path).read())
+        assert "".join(pieces) == text
+        assert all(pieces)
+        for piece in pieces[:-1]:
+            assert piece.endswith("\n") or len(piece) >= 10
+        assert max(map(len, pieces), default=0) <= 40
+    path.write_text("line\n" * 100)
+    assert all(piece.endswith("line\n") for piece in TextSource.of_file(path).read())
 
 
 # -- Megatron BinIdx ----------------------------------------------------------------------------------------------

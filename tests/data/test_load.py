@@ -85,6 +85,10 @@ def test_a_strangers_text_and_tokenizer(tmp_path: Path) -> None:
     assert loaded.tokenizer.decode(loaded.train.tokens) == "-a--o-e---ai---" * 2
     assert loaded.train.n_bytes == len("Day one: rain.\n") * 2
     assert loaded.describe()["tokenizer"]["type"] == "vowels"
+    # What a tokenizer does not promise is not assumed: texts stay whole, and streaming looks at the neighbours.
+    assert list(loaded.tokenizer.pieces(["Day ", "one"])) == ["Day one"]
+    decoder = data.stream_decoder(loaded.tokenizer)
+    assert "".join([decoder.feed(index) for index in loaded.train.tokens]) + decoder.flush() == "-a--o-e---ai---" * 2
     loaded.tokenizer.save(tmp_path / "tokenizer.json")
     again = data.load_tokenizer(tmp_path)
     assert (again.type, again.sha256) == ("vowels", loaded.tokenizer.sha256)

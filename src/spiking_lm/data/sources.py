@@ -111,8 +111,15 @@ class TextSource:
     """Opens the text anew and yields its bytes."""
 
     def read(self) -> Iterator[str]:
-        """Yield the text in pieces, cut anywhere between two characters."""
-        return decode_blocks(self.blocks(), self.name)
+        """Yield the text in pieces that end with a line, or, in lines of more than a megabyte, with a character."""
+        rest = ""
+        for text in decode_blocks(self.blocks(), self.name):
+            cut = text.rfind("\n") + 1 or (len(text) if len(rest) >= BLOCK else 0)
+            if cut:
+                yield rest + text[:cut]
+            rest = text[cut:] if cut else rest + text
+        if rest:
+            yield rest
 
     def text(self) -> str:
         """Return the whole text."""

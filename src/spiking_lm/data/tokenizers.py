@@ -51,8 +51,8 @@ class Tokenizer(ABC):
     eos_id: int | None = None
     """The token that ends a text, if there is one."""
     pad_id: int | None = None
-    bytes_add_up: bool = True
-    """Whether the bytes of a sequence are the bytes of its tokens one after the other."""
+    bytes_add_up: bool = False
+    """Whether the bytes of a sequence are the bytes of its tokens one after the other, whatever their neighbours."""
 
     @abstractmethod
     def encode(self, text: str) -> Tokens:
@@ -69,9 +69,10 @@ class Tokenizer(ABC):
     def pieces(self, chunks: Iterable[str]) -> Iterator[str]:
         """Cut a text that arrives in chunks so that encoding each piece gives the tokens of the whole text.
 
-        Here: anywhere, which is right for tokenizers that look at one character at a time.
+        Here: not at all, which is always right, but keeps the text in memory.
         """
-        return (chunk for chunk in chunks if chunk)
+        whole = "".join(chunks)
+        return iter([whole] if whole else [])
 
     def to_json(self) -> str:
         """Return what :func:`load_tokenizer` reads."""
@@ -102,7 +103,16 @@ class Tokenizer(ABC):
         return array
 
 
-class ByteTokenizer(Tokenizer):
+class _CharacterWise(Tokenizer):
+    """A tokenizer that looks at one character at a time, so that a text may be cut between any two."""
+
+    bytes_add_up = True
+
+    def pieces(self, chunks: Iterable[str]) -> Iterator[str]:
+        return (chunk for chunk in chunks if chunk)
+
+
+class ByteTokenizer(_CharacterWise):
     """One token per UTF-8 byte; ids are the byte values."""
 
     type = "byte"
@@ -120,7 +130,7 @@ class ByteTokenizer(Tokenizer):
         return self._checked(ids).astype(np.uint8).tobytes()
 
 
-class CharTokenizer(Tokenizer):
+class CharTokenizer(_CharacterWise):
     """One token per character (Unicode code point)."""
 
     type = "char"
@@ -254,10 +264,7 @@ class SubwordTokenizer(Tokenizer):
         return self._cut(chunks, PIECE)
 
     def _cut(self, chunks: Iterable[str], size: int) -> Iterator[str]:
-        if self._can_cut:
-            return _cut_at_words(chunks, size)
-        whole = "".join(chunks)
-        return iter([whole] if whole else [])
+        return _cut_at_words(chunks, size) if self._can_cut else super().pieces(chunks)
 
     def to_json(self) -> str:
         """Return the library's JSON."""
