@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from spiking_lm import hookimpl
 from spiking_lm.hookspecs import Register
-from spiking_lm.records import ModelSpec
+from spiking_lm.records import ModelSpec, NeuronSpec
 
 
 @hookimpl
@@ -12,3 +12,8 @@ def spiking_lm_models(register: Register) -> None:
     register(
         ModelSpec(name="tiny", config="tiny_model:TinyConfig", factory="tiny_model:Tiny", importer="tiny_model:read")
     )
+
+
+@hookimpl
+def spiking_lm_neurons(register: Register) -> None:
+    register(NeuronSpec(name="tiny", config="spiking_lm.config:LIFConfig", factory="spiking_lm.neurons:LIF"))
