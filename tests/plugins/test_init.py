@@ -39,6 +39,7 @@ def test_the_package_installs_and_its_tests_pass(site: Any, written: Path) -> No
     assert shipped_recipe_with_it.returncode == 0, shipped_recipe_with_it.stderr
 
 
+@pytest.mark.slow
 def test_the_package_is_complete_and_clean(site: Any, written: Path) -> None:
     files = {path.relative_to(written).as_posix() for path in written.rglob("*") if path.is_file()}
     assert files == {
