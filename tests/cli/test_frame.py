@@ -64,14 +64,20 @@ def test_the_help_of_a_verb_imports_no_torch(verb: str) -> None:
 
 
 def test_help_takes_less_than_half_a_second(cli: Run) -> None:
-    best = float("inf")
+    def processor_seconds() -> float:
+        times = os.times()
+        return times.children_user + times.children_system
+
+    wall, processor = float("inf"), float("inf")
     for _ in range(8):  # other work on the machine can only slow it down
-        start = time.perf_counter()
+        start, before = time.perf_counter(), processor_seconds()
         cli("--help")
-        best = min(best, time.perf_counter() - start)
-        if best < 0.5:
+        wall, processor = min(wall, time.perf_counter() - start), min(processor, processor_seconds() - before)
+        if wall < 0.5:
             return
-    pytest.fail(f"the fastest of eight took {best:.2f} s")
+    crowded = hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1)
+    assert crowded, f"the fastest of eight took {wall:.2f} s"
+    assert processor < 0.5, f"the machine is crowded, but it took {processor:.2f} s of processor time too"
 
 
 @pytest.mark.parametrize("verb", frame.VERBS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ def command(
 
     network, tokenizer = load_model_and_tokenizer(model)
     typer.echo("This model continues text; it was not trained to answer. /reset forgets, /quit leaves.", err=True)
+    with contextlib.suppress(ImportError):  # lines can then be edited and recalled; Windows has it built in
+        import readline  # noqa: F401
     talk = Conversation(
         network, tokenizer, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
     )

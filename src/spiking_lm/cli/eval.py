@@ -38,6 +38,8 @@ def command(
     network, tokenizer = load_model_and_tokenizer(folder)
 
     stage = recipe.evaluate if recipe and recipe.evaluate else EvaluateConfig()
+    if data is not None:  # a limit that the recipe sets is meant for its own data
+        stage = stage.model_copy(update={"max_tokens": None})
     asked = {"split": split, "window": window, "stride": stride, "max_tokens": max_tokens, "batch_size": batch_size}
     given = {key: value for key, value in asked.items() if value is not None}
     config = parse_config(EvaluateConfig, {**stage.model_dump(), **given}, where="eval", error=UsageError)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +52,8 @@ def execute(
             chosen = RunDir.open(str(resume)).path / "recipe.yaml"
             return _show_plan(chosen, [], as_json)
         return _show_plan(recipe, settings, as_json)
-    _stop_like_ctrl_c()
-    run = run_recipe(recipe, settings, out=out, resume=resume, console=console)
+    with _terminated_like_ctrl_c():
+        run = run_recipe(recipe, settings, out=out, resume=resume, console=console)
     if as_json:
         _output.print_json(_summary(run))
     return None
@@ -84,7 +86,14 @@ def _summary(run: Any) -> dict[str, Any]:
     return {"run": str(run.path), **summary}
 
 
-def _stop_like_ctrl_c() -> None:
-    """Let the signal with which clusters announce an end save a checkpoint, as Ctrl-C does."""
-    with contextlib.suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+@contextlib.contextmanager
+def _terminated_like_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM, with which clusters announce an end, save a checkpoint as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals reach only the main thread
+        return
+    previous = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
