@@ -195,7 +195,9 @@ def find_recipe(path_or_name: str | Path) -> Path:
     try:
         path: Path = registry.get("recipes", text).spec.path
     except UnknownNameError as error:
-        if Path(text).exists() or text.startswith((".", "/", "~")):
+        if Path(text + ".yaml").is_file():
+            error.hint = f"did you mean the file {text + '.yaml'!r}?"
+        elif Path(text).exists() or text.startswith((".", "/", "~")):
             error.hint = "a name is looked up among the installed recipes; the name of a file ends in .yaml"
         raise
     return path

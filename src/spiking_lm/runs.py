@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import secrets
@@ -330,13 +331,15 @@ def _go(run: RunDir, recipe: Recipe, console: Console) -> RunDir:
         console.print(f"{run.path} is complete", highlight=False, soft_wrap=True)
         return run
     again = bool(run.manifest["stages"]) or (run.path / "checkpoints").is_dir()
-    run.update_manifest(status="running", ended=None, error=None)
+    resumed = [*run.manifest.get("resumed", ()), {"at": _now(), **describe_environment()}] if again else []
+    run.update_manifest(status="running", ended=None, error=None, resumed=resumed)
     run.log("resumed" if again else "started")
     console.print(f"run directory: {run.path}", highlight=False, soft_wrap=True)
     status: Status = "failed"
     try:
         _check_extras(recipe)
-        _Stages(run, recipe, console).go()
+        with _noting_warnings(run, console):
+            _Stages(run, recipe, console).go()
         status = "complete"
     except KeyboardInterrupt:
         status = "interrupted"
@@ -356,6 +359,24 @@ def _go(run: RunDir, recipe: Recipe, console: Console) -> RunDir:
             run.update_manifest(status=status, ended=_now())
             run.log(status)
     return run
+
+
+@contextmanager
+def _noting_warnings(run: RunDir, console: Console) -> Iterator[None]:
+    """Show what our modules log, e.g. that a corrupt checkpoint was passed over, and keep it in ``log.txt``."""
+
+    class Recorder(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            run.log(f"{record.levelname.lower()}: {record.getMessage()}")
+            console.print(f"{record.levelname.lower()}: {record.getMessage()}", markup=False, highlight=False)
+
+    handler = Recorder(logging.WARNING)
+    logger = logging.getLogger("spiking_lm")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 class _Stages:
@@ -378,6 +399,11 @@ class _Stages:
                 hint="restore the data, or start a new run",
             )
         checkpoint = latest_checkpoint(run.path)
+        self.step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+        done = run.manifest["stages"]
+        if "train" in done and recipe.train is not None and self.step < recipe.train.steps:
+            run.log(f"the trained model is lost; training again from step {self.step}")
+            run.update_manifest(stages={name: facts for name, facts in done.items() if name != "train"})
         if "train" in run.manifest["stages"] and checkpoint is not None:
             self.model = load_model(checkpoint)
         else:
@@ -403,8 +429,7 @@ class _Stages:
     def train(self) -> None:
         from spiking_lm.training import train
 
-        step = int(self.resume_from.name.rpartition("-")[2]) if self.resume_from else 0
-        self.run.rewind_metrics(step)
+        self.run.rewind_metrics(self.step)
         self.model = train(
             self.run, self.recipe, self.model, self.data, resume_from=self.resume_from, console=self.console
         )

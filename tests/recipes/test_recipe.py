@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import subprocess
 import sys
@@ -46,11 +45,10 @@ def test_shipped_recipes_can_be_copied_anywhere() -> None:
         assert not base.endswith((".yaml", ".yml")), f"{info.name} extends a file that a copy would not find"
 
 
-def test_shipped_recipes_say_how_to_launch_them() -> None:
+def test_shipped_recipes_begin_with_a_comment_that_says_what_they_are() -> None:
     for info in recipes():
-        lines = info.path.read_text(encoding="utf-8").splitlines()
-        comment = itertools.takewhile(lambda line: line.startswith("#"), lines)
-        assert f"spiking-lm run {info.name}" in "\n".join(comment), info.name
+        assert info.path.read_text(encoding="utf-8").startswith("# "), info.name
+        assert info.description, info.name
 
 
 def test_checking_a_recipe_imports_no_torch() -> None:

@@ -173,6 +173,25 @@ def test_a_stage_that_is_complete_is_not_repeated(tiny: Path, monkeypatch: pytes
     assert list(run.manifest["stages"]) == ["train", "evaluate", "generate", "explain"]
 
 
+def test_a_rotten_checkpoint_is_passed_over_and_its_steps_are_trained_again(
+    tiny: Path, stop_after: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = run_recipe(tiny, TRAIN_ONLY)
+    again = run_recipe(tiny, {**TRAIN_ONLY, "generate": {"max_new_tokens": 5}})
+    again.update_manifest(status="interrupted", stages={"train": again.manifest["stages"]["train"]})
+    path = again.path / "checkpoints" / "step-000012" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    capsys.readouterr()
+    resumed = run_recipe(None, resume=again.path)
+    assert "passed over the checkpoint" in capsys.readouterr().err.replace("\n", " ")
+    log = (resumed.path / "log.txt").read_text()
+    assert "passed over the checkpoint" in log
+    assert "the trained model is lost; training again from step 8" in log
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole).values(), weights(resumed).values(), strict=True))
+    assert list(resumed.manifest["stages"]) == ["train", "generate"]
+    assert len(resumed.manifest["resumed"]) == 1
+
+
 def test_auto_takes_only_an_unfinished_run_of_the_same_recipe(tiny: Path, stop_after: Any) -> None:
     first = run_recipe(tiny, TRAIN_ONLY, resume="auto")
     stop_after(3)

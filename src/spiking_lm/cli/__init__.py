@@ -34,9 +34,8 @@ VERBS = {
     "doctor": "Check the installation, and say how to mend what is wrong.",
 }
 
-# Typer carries its own click since 0.26 and used the installed one before; these are its classes in either case.
-_ClickUsageError: Any = typer.BadParameter.__mro__[1]
-_ClickException: Any = typer.BadParameter.__mro__[2]
+# Newer versions of typer carry their own click, older ones use the installed one; this is the base of its errors.
+_ClickException: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 
 _PLAIN: dict[str, Any] = {"rich_markup_mode": None, "add_completion": False}
 """Help pages are plain text: quick, readable in a pipe, and safe on consoles that know no box-drawing characters."""
