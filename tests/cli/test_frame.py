@@ -22,7 +22,7 @@ from spiking_lm.cli import _output
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
-HEAVY = ("torch", "snntorch", "numpy", "rich", "yaml", "tokenizers", "safetensors")
+HEAVY = ("torch", "snntorch", "numpy", "yaml", "tokenizers", "safetensors")
 
 
 def test_help_lists_every_verb(cli: Run) -> None:

@@ -192,7 +192,7 @@ def _show_usage_error(error: Any, arguments: list[str]) -> None:
     message = message[:1].lower() + message[1:]
     context = getattr(error, "ctx", None)
     help_page = f"'{context.command_path if context else 'spiking-lm'} --help' says what is accepted"
-    _show_error(message.rstrip("."), f"{more}; {help_page}" if more else help_page, debug=False)
+    _show_error(message.rstrip("."), more or help_page, debug=False)
 
 
 def _show_bug(error: Exception, arguments: list[str], debug: bool) -> None:
