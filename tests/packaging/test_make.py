@@ -96,6 +96,13 @@ def test_ci_does_what_the_documents_say(root: Path) -> None:
     assert re.findall(r"^make (\w+)$", script.read_text(), re.MULTILINE) == ["quickstart", "check", "test"]
 
 
+def test_every_page_is_in_the_index(root: Path) -> None:
+    index = (root / "docs/index.md").read_text(encoding="utf-8")
+    pages = {path.relative_to(root / "docs").as_posix() for path in (root / "docs").rglob("*.md")}
+    unlisted = {page for page in pages - {"index.md"} if f"]({page})" not in index and not page.startswith("results")}
+    assert not unlisted
+
+
 @pytest.mark.parametrize("pattern", ["*.md", "docs/**/*.md", "examples/**/*.md"])
 def test_links_between_documents_lead_somewhere(root: Path, pattern: str) -> None:
     documents = [p for p in root.glob(pattern) if not {".venv", ".nox"} & set(p.parts)]
