@@ -28,6 +28,8 @@ class SpikeGPTConfig(ModelConfig):
     matrices, so that all of them read binary spikes; residual stream and embedding are then real."""
     input_gain: float = Field(default=3.0, gt=0)
     """spike_input only: initial value of the learned gain in front of each neuron."""
+    silence_penalty: float = Field(default=0.0, ge=0)
+    """Weight of an auxiliary loss on channels that fire at fewer than 2 % of the tokens; the paper has none."""
     binary_embedding: bool = True
     """Threshold the embedding at 0; False is what the released generation script does for most vocabularies."""
     ffn_pre: bool = False

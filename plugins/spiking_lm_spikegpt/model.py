@@ -15,6 +15,7 @@ changes.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -28,6 +29,7 @@ from spiking_lm.kernels import wkv
 from spiking_lm_spikegpt.config import SpikeGPTConfig
 
 RESCALE_EVERY = 6  # layers between two halvings of the released generation script
+MIN_RATE = 0.02  # spikes per token; channels below it count as falling silent
 MAX_AVERAGED = 128  # tokens; slower channels hardly settle within a training sequence
 
 
@@ -79,11 +81,21 @@ class Firing(nn.Module):
         return cast(Tensor, spikes).transpose(0, 1), state
 
 
-class Pass:
-    """One forward pass through a block: neuron states in, neuron states out, and spikes when they are wanted."""
+@dataclass
+class Watch:
+    """What a forward pass notes about the spikes, where it is not None."""
 
-    def __init__(self, block: Block, states: dict[str, State], spikes: dict[str, Tensor] | None) -> None:
-        self.block, self.states, self.spikes = block, states, spikes
+    spikes: dict[str, Tensor] | None = None
+    """Site name -> spikes ``(B, S, N)``."""
+    silence: list[Tensor] | None = None
+    """Per site, how far its channels stay below MIN_RATE: 0 none, 1 all are silent."""
+
+
+class Pass:
+    """One forward pass through a block: neuron states in, neuron states out, and what is asked for about the spikes."""
+
+    def __init__(self, block: Block, states: dict[str, State], watch: Watch) -> None:
+        self.block, self.states, self.watch = block, states, watch
         self.new_states: dict[str, State] = {}
 
     def fire(self, site: str, x: Tensor) -> Tensor:
@@ -91,8 +103,10 @@ class Pass:
         if site not in self.block.neurons:
             return x
         spikes, self.new_states[site] = self.block.neurons[site](x, self.states[site])
-        if self.spikes is not None:
-            self.spikes[f"blocks.{self.block.layer}.{site}"] = spikes.transpose(0, 1)
+        if self.watch.spikes is not None:
+            self.watch.spikes[f"blocks.{self.block.layer}.{site}"] = spikes.transpose(0, 1)
+        if self.watch.silence is not None:
+            self.watch.silence.append(F.relu(1 - spikes.float().mean((0, 1)) / MIN_RATE).mean())
         return cast(Tensor, spikes)
 
 
@@ -198,8 +212,8 @@ class Block(nn.Module):
         """Return the spike sites by name."""
         return cast("list[tuple[str, Firing]]", list(self.neurons.items()))
 
-    def forward(self, x: Tensor, state: BlockState, spikes: dict[str, Tensor] | None) -> tuple[Tensor, BlockState]:
-        run = Pass(self, state.neurons, spikes)
+    def forward(self, x: Tensor, state: BlockState, watch: Watch) -> tuple[Tensor, BlockState]:
+        run = Pass(self, state.neurons, watch)
         shrink = 0.5 ** (self.layer // RESCALE_EVERY) if self.rescale else 1.0
         if self.ln0 is not None:
             x = self.ln0(x)
@@ -251,7 +265,7 @@ class SpikeGPT(SpikingLanguageModel):
         ratio = config.vocab_size / config.n_embd
         nn.init.orthogonal_(self.head.weight, 0.5 * math.sqrt(max(ratio, 1.0)) if config.init != "scaled" else 0.5)
         by_init = {  # matrices not named keep PyTorch's default under "scaled", and are zero under "rwkv"
-            "scaled": {"att.value": 1.0, "att.output": 2.0, "ffn.key": 1.0, "ffn.value": 1.0},
+            "scaled": {"att.value": 1.0, "att.output": 4.0, "ffn.key": 2.0, "ffn.value": 2.5},
             "spikes": {"att.value": 1.0, "att.output": 2.0, "ffn.key": 4.0, "ffn.value": 1.0},
             "rwkv": {"att.value": 1.0, "ffn.key": 2.0},
         }
@@ -292,19 +306,22 @@ class SpikeGPT(SpikingLanguageModel):
 
     def forward(self, tokens: Tensor, state: State | None = None, *, return_spikes: bool = False) -> LMOutput:
         """Score ``tokens (B, S)``; returns logits ``(B, S, V)``, the next state and on request the spikes."""
-        spikes: dict[str, Tensor] | None = {} if return_spikes else None
-        x, state = self._hidden(tokens, state, spikes)
+        penalise = self.training and self.config.spiking and self.config.silence_penalty > 0
+        watch = Watch({} if return_spikes else None, [] if penalise else None)
+        x, state = self._hidden(tokens, state, watch)
         logits = self.head(x).transpose(0, 1)
         aux = {}
+        if watch.silence is not None:
+            aux["silence"] = self.config.silence_penalty * torch.stack(watch.silence).mean()
         if self.config.l2wrap:
             aux["l2wrap"] = 0.5e-4 * logits.float().amax(-1).square().mean()
-        return LMOutput(logits, state, spikes, aux)
+        return LMOutput(logits, state, watch.spikes, aux)
 
     def classify(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Return class logits ``(B, num_classes)``; tokens past a row's length are ignored."""
         if self.config.num_classes is None:
             return super().classify(tokens, lengths)
-        x, _ = self._hidden(tokens, None, None)
+        x, _ = self._hidden(tokens, None, Watch())
         position = torch.arange(x.shape[0], device=x.device)[:, None]
         if self.config.pool == "mean":
             weight = (position < lengths) / lengths
@@ -312,18 +329,18 @@ class SpikeGPT(SpikingLanguageModel):
             weight = (position == lengths - 1).to(x.dtype)
         return cast(Tensor, self.classify_head((x * weight[..., None]).sum(0)))
 
-    def _hidden(self, tokens: Tensor, state: State | None, spikes: dict[str, Tensor] | None) -> tuple[Tensor, State]:
+    def _hidden(self, tokens: Tensor, state: State | None, watch: Watch) -> tuple[Tensor, State]:
         """Return what the heads read, ``(T, B, C)``, and the next state."""
         if state is None:
             state = self.init_state(tokens.shape[0], device=tokens.device)
         x = self.emb(tokens.t())
         if self.binarise:
             x = Binarise.apply(x)
-            if spikes is not None:
-                spikes["embedding"] = x.transpose(0, 1)
+            if watch.spikes is not None:
+                watch.spikes["embedding"] = x.transpose(0, 1)
         new_states = []
         for block, block_state in zip(self.blocks, state, strict=True):
-            x, block_state = block(x, block_state, spikes)
+            x, block_state = block(x, block_state, watch)
             new_states.append(block_state)
         return self.ln_out(x), tuple(new_states)
 

@@ -165,7 +165,7 @@ def train(
         }
         return save_checkpoint(run.path, step, model, state, tokenizer=data.tokenizer, keep=config.keep)
 
-    watch = _NeuronWatch(console)
+    watch = _NeuronWatch(console, quiet_until=max(config.schedule.warmup, config.steps // 20))
     with _interruptible() as interrupted, _progress(console, config.steps, start) as progress:
         for step in range(start, config.steps):
             tick = time.perf_counter()
@@ -247,10 +247,13 @@ def _diverged(run: RunDir, step: int, loss: float, norm: float) -> DivergedError
 
 
 class _NeuronWatch:
-    """Firing statistics per site, and a word of warning, once per site, when most of its channels are stuck."""
+    """Firing statistics per site, and a word of warning, once per site, when most of its channels are stuck.
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    The first steps are left in peace: neurons find their range while the learning rate warms up.
+    """
+
+    def __init__(self, console: Console, quiet_until: int) -> None:
+        self.console, self.quiet_until = console, quiet_until
         self.warned: set[tuple[str, str]] = set()
 
     def look(self, output: LMOutput | None, step: int) -> dict[str, dict[str, float]]:
@@ -265,7 +268,7 @@ class _NeuronWatch:
             saturated[site] = float((active == 1).float().mean())
         for word, shares in (("never fire", silent), ("fire at every token", saturated)):
             for site, share in shares.items():
-                if share > SILENT_WARNING and step > 1 and (word, site) not in self.warned:
+                if share > SILENT_WARNING and step > self.quiet_until and (word, site) not in self.warned:
                     self.warned.add((word, site))
                     self.console.print(
                         f"[yellow]warning:[/] step {step}: {share:.0%} of the channels of {site} {word} in this batch"

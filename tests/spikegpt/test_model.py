@@ -43,12 +43,22 @@ def test_initialisations(init: str) -> None:
     identity = att.value.weight @ att.value.weight.T
     if init in ("scaled", "rwkv", "released"):
         torch.testing.assert_close(identity, torch.eye(12), atol=1e-5, rtol=0)
-    gain = {"scaled": 2.0, "rwkv": 0.0, "released": 1.0}.get(init)
+    gain = {"scaled": 4.0, "rwkv": 0.0, "released": 1.0}.get(init)
     if gain is not None:
         torch.testing.assert_close(att.output.weight @ att.output.weight.T, gain**2 * torch.eye(12), atol=1e-5, rtol=0)
     assert (ffn.value.weight == 0).all() == (init == "rwkv")
     logits = model(tokens()).logits
     assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("placement", ["canonical", "spike_input"])
+def test_default_initialisation_fires_at_once(placement: str) -> None:
+    model = make(vocab_size=256, n_layer=4, n_embd=64, placement=placement)
+    batch = torch.randint(0, 256, (8, 128), generator=torch.Generator().manual_seed(2))
+    for site, spikes in model(batch, return_spikes=True).spikes.items():
+        rate = spikes.flatten(0, 1).mean(0)
+        assert 0.02 < rate.mean() < 0.6, site
+        assert (rate == 0).float().mean() < 0.1, f"{site}: too many silent channels"
 
 
 def test_intended_initialisation_is_silent_at_first() -> None:

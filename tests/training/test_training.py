@@ -168,7 +168,7 @@ def test_nan_stops_before_the_weights_are_spoilt(
 
 
 def test_stuck_neurons_are_named(text: Any, tmp_path: Path) -> None:
-    recipe = tiny_recipe(steps=3).model_copy(
+    recipe = tiny_recipe(steps=4, **{"schedule.warmup": 1}).model_copy(
         update={"model": {"type": "spikegpt", "n_layer": 1, "n_embd": 16, "neuron": {"type": "lif", "threshold": 1000}}}
     )
     out = io.StringIO()
