@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from spiking_lm import create_neuron
 from spiking_lm.graph import LMGraph, Op
 from spiking_lm.interfaces import LMOutput, Neuron, SpikeSite, SpikingLanguageModel, State
-from spiking_lm.kernels import wkv
+from spiking_lm.kernels import spike, wkv
 from spiking_lm_spikegpt.config import SpikeGPTConfig
 
 RESCALE_EVERY = 6  # layers between two halvings of the released generation script
@@ -44,21 +44,6 @@ class BlockState(NamedTuple):
     """Numerator, denominator and log scale of the time mix."""
     neurons: dict[str, State]
     """Membranes, by the neuron's name within the block."""
-
-
-class Binarise(torch.autograd.Function):
-    """Θ(x), with the ATan surrogate 1 / (1 + (pi x)^2) as its derivative."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return (x >= 0).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        surrogate: Tensor = 1 / (1 + (math.pi * x).square())
-        return grad * surrogate
 
 
 class Firing(nn.Module):
@@ -335,7 +320,7 @@ class SpikeGPT(SpikingLanguageModel):
             state = self.init_state(tokens.shape[0], device=tokens.device)
         x = self.emb(tokens.t())
         if self.binarise:
-            x = Binarise.apply(x)
+            x = spike(x, 0.0)  # Θ(x), with derivative 1 / (1 + (pi x)^2)
             if watch.spikes is not None:
                 watch.spikes["embedding"] = x.transpose(0, 1)
         new_states = []

@@ -69,7 +69,9 @@ class TokenizerConfig(StrictModel):
     """Base of tokenizer configurations."""
 
 
-def parse_config(cls: type[ConfigT], values: dict[str, Any], *, where: str, error: type[SpikingLMError] = ConfigError) -> ConfigT:
+def parse_config(
+    cls: type[ConfigT], values: dict[str, Any], *, where: str, error: type[SpikingLMError] = ConfigError
+) -> ConfigT:
     """Validate ``values`` as ``cls`` or raise ``error`` naming ``where`` and each bad field, with did-you-mean.
 
     Parameters: ``where`` is what a person would look at, e.g. ``"recipe spikegpt/austen, model"``.

@@ -207,14 +207,15 @@ def _membrane_updates(neuron: Neuron, x: Tensor, state: Any = None) -> int | Non
         declared = {f.name: getattr(neuron.dynamics, f.name) for f in dataclasses.fields(neuron.dynamics)}
         _, v = lif_scan(x.transpose(0, 1), state, **declared)
         return v[0].numel() + int(torch.count_nonzero(v[1:] != v[:-1]))
-    updates, before = 0, None
+    updates = 0
+    before: Tensor | None = None
     for x_t in x.unbind(1):
         _, state = neuron.step(x_t, state)
-        v = state if isinstance(state, Tensor) else getattr(state, "v", None)
-        if not isinstance(v, Tensor):
+        membrane: Any = state if isinstance(state, Tensor) else getattr(state, "v", None)
+        if not isinstance(membrane, Tensor):
             return None
-        updates += v.numel() if before is None else int(torch.count_nonzero(v != before))
-        before = v
+        updates += membrane.numel() if before is None else int(torch.count_nonzero(membrane != before))
+        before = membrane
     return updates
 
 
