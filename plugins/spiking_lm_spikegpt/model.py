@@ -251,7 +251,7 @@ class SpikeGPT(SpikingLanguageModel):
         nn.init.orthogonal_(self.head.weight, 0.5 * math.sqrt(max(ratio, 1.0)) if config.init != "scaled" else 0.5)
         by_init = {  # matrices not named keep PyTorch's default under "scaled", and are zero under "rwkv"
             "scaled": {"att.value": 1.0, "att.output": 4.0, "ffn.key": 2.0, "ffn.value": 2.5},
-            "spikes": {"att.value": 1.0, "att.output": 2.0, "ffn.key": 4.0, "ffn.value": 1.0},
+            "spikes": {"att.value": 1.0, "att.output": 0.2, "ffn.key": 4.0, "ffn.value": 0.1},
             "rwkv": {"att.value": 1.0, "ffn.key": 2.0},
         }
         from_spikes = config.init == "scaled" and config.spiking and config.placement == "spike_input"
