@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from spiking_lm.errors import ConfigError, SpikingLMError, did_you_mean
 
@@ -32,10 +32,18 @@ class ModelConfig(StrictModel):
 
 
 class SurrogateConfig(StrictModel):
-    """The surrogate gradient of a spike, as data: ``name`` from the closed table of :mod:`spiking_lm.kernels`."""
+    """The surrogate gradient of a spike, as data: ``name`` from the closed table of :mod:`spiking_lm.kernels`.
+
+    In a configuration the name alone will do: ``surrogate: atan``.
+    """
 
     name: Literal["atan", "fast_sigmoid", "sigmoid", "triangle"] = "atan"
     alpha: float = Field(default=2.0, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
 
 
 class NeuronConfig(StrictModel):

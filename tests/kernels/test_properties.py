@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spiking_lm import kernels
-from spiking_lm.config import SurrogateConfig
-from spiking_lm.errors import UsageError
+from spiking_lm.config import LIFConfig, SurrogateConfig
+from spiking_lm.errors import ConfigError, UsageError
 from spiking_lm.kernels import torch_fast
 
 LENGTHS = st.sampled_from([0, 1, 2, 17, 63, 64, 65])
@@ -373,3 +373,17 @@ def test_wkv_says_what_is_wrong_with_its_arguments() -> None:
         kernels.wkv(decay[:2], first, k, v)
     with pytest.raises(UsageError, match=r"needs three of \(2, 3\)"):
         kernels.wkv(decay, first, k, v, (k[0], k[0], k[0]))
+
+
+def test_surrogates_may_be_named() -> None:
+    x = torch.randn(9, 2, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+
+    def gradient(surrogate: Any) -> torch.Tensor:
+        spikes, _ = kernels.lif_scan(x, beta=0.5, gain=1.0, threshold=1.0, surrogate=surrogate)
+        return torch.autograd.grad(spikes.sum(), x)[0]
+
+    assert torch.equal(gradient("sigmoid"), gradient(SurrogateConfig(name="sigmoid")))
+    assert torch.equal(gradient({"name": "atan", "alpha": 3}), gradient(SurrogateConfig(alpha=3)))
+    assert LIFConfig.model_validate({"surrogate": "triangle"}).surrogate.name == "triangle"
+    with pytest.raises(ConfigError, match="lif_scan: surrogate"):
+        gradient("atanh")

@@ -6,9 +6,12 @@ What runs is chosen by :mod:`spiking_lm.kernels.dispatch`; what is right is defi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
-from spiking_lm.config import SurrogateConfig
+from spiking_lm.config import SurrogateConfig, parse_config
 from spiking_lm.errors import UsageError
 from spiking_lm.kernels.dispatch import call
 from spiking_lm.kernels.reference import WKVState
@@ -25,7 +28,7 @@ def lif_scan(
     threshold: float,
     v_reset: float | None = 0.0,
     compare: str = ">=",
-    surrogate: SurrogateConfig = _ATAN,
+    surrogate: SurrogateConfig | Mapping[str, Any] | str = _ATAN,
     detach_reset: bool = False,
     final_only: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -43,7 +46,8 @@ def lif_scan(
     Gradients reach ``x`` and ``v0``, from the spikes and from ``v``; ``ds/dh`` is the surrogate
     (:func:`~spiking_lm.kernels.surrogate_gradient`), and ``detach_reset`` treats the ``s_t`` in the reset as constant.
     The membrane is kept in float32, or float64 if an input is; spikes have the dtype of ``x``. Where the membrane is
-    not finite the spike is NaN, so that a broken value is not taken for silence.
+    not finite the spike is NaN, so that a broken value is not taken for silence. ``surrogate`` may be written out, or
+    as its name, or as ``{"name": ..., "alpha": ...}``.
     """
     if not x.dtype.is_floating_point or x.dim() == 0:
         raise UsageError(f"lif_scan: x must be a floating-point tensor (T, ...), not {x.dtype} {tuple(x.shape)}")
@@ -54,6 +58,9 @@ def lif_scan(
         )
     if compare != ">=" and compare != ">":
         raise UsageError(f"lif_scan: compare must be '>=' or '>', not {compare!r}")
+    if not isinstance(surrogate, SurrogateConfig):
+        fields = {"name": surrogate} if isinstance(surrogate, str) else dict(surrogate)
+        surrogate = parse_config(SurrogateConfig, fields, where="lif_scan: surrogate")
     spikes, v = call(
         "lif_scan",
         x,

@@ -221,14 +221,15 @@ def _lead(run: Collected) -> str:
     kind = _get(run.manifest, "model", "type") or _get(run.recipe, "model", "type") or _get(run.explanation, "model")
     parameters = _get(run.manifest, "model", "parameters")
     data = _get(run.manifest, "data", "dataset") or _get(run.recipe, "data", "type")
-    seconds = _get(run.manifest, "stages", "train", "seconds")
+    # The manifest times the last process alone; a resumed run has trained for longer than that.
+    seconds = max(run.curve("train", "elapsed_s")[1], default=None)
     step = max((entry["step"] for entry in run.train), default=None)
     words = f"A {kind} language model" if kind else "A language model"
     if isinstance(parameters, int):
         words += f" with {tables.count(parameters)} parameters"
     if step is not None:
         words += f", trained for {int(step):,} steps" + (f" on {data}" if data else "")
-        words += f" in {duration(seconds)}" if isinstance(seconds, (int, float)) else ""
+        words += f" in {duration(seconds)}" if seconds is not None else ""
     elif data:
         words += f" for {data}, not trained in this run"
     return words + "."
