@@ -113,7 +113,10 @@ class Labels:
         device = next(model.parameters()).device
         logits = model.classify(torch.from_numpy(tokens).to(device), torch.from_numpy(lengths).to(device))
         labels = torch.tensor([self.data.train[i].label for i in chosen], device=device)
-        output = model(torch.from_numpy(tokens).to(device), return_spikes=True) if record else None
+        output = None
+        if record:
+            with torch.no_grad():  # looked at, not trained on
+                output = model(torch.from_numpy(tokens).to(device), return_spikes=True)
         return F.cross_entropy(logits.float(), labels), output, int(lengths.sum())
 
     def validate(self, model: SpikingLanguageModel) -> dict[str, float]:
