@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import nox
@@ -28,7 +29,8 @@ def tests(session: nox.Session) -> None:
 def wheel(session: nox.Session) -> None:
     """Build the sdist, the wheel out of it, and use the installed wheel far from the repository."""
     session.install("build")
-    out = Path(session.create_tmp())
+    out = Path(session.create_tmp()) / "dist"
+    shutil.rmtree(out, ignore_errors=True)
     session.run("python", "-m", "build", "--outdir", str(out), silent=True)
     (built,) = out.glob("*.whl")
     session.install(f"{built}[all]")
