@@ -15,7 +15,17 @@ from typing import Any
 
 from spiking_lm import __version__, registry
 
-_DISTRIBUTIONS = ("torch", "numpy", "snntorch", "norse", "pydantic", "safetensors", "tokenizers", "triton")
+_DISTRIBUTIONS = (
+    "torch",
+    "numpy",
+    "snntorch",
+    "norse",
+    "spikingjelly",
+    "pydantic",
+    "safetensors",
+    "tokenizers",
+    "triton",
+)
 _ENVIRONMENT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG")
 
 
