@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spiking_lm import create_neuron
+from spiking_lm.errors import UsageError
 from spiking_lm.graph import LMGraph, Op
 from spiking_lm.interfaces import LMOutput, Neuron, SpikeSite, SpikingLanguageModel, State
 from spiking_lm.kernels import spike, wkv
@@ -91,7 +92,7 @@ class Pass:
         if self.watch.spikes is not None:
             self.watch.spikes[f"blocks.{self.block.layer}.{site}"] = spikes.transpose(0, 1)
         if self.watch.silence is not None:
-            self.watch.silence.append(F.relu(1 - spikes.float().mean((0, 1)) / MIN_RATE).mean())
+            self.watch.silence.append(F.relu(1 - spikes.abs().float().mean((0, 1)) / MIN_RATE).mean())
         return cast(Tensor, spikes)
 
 
@@ -316,6 +317,11 @@ class SpikeGPT(SpikingLanguageModel):
 
     def _hidden(self, tokens: Tensor, state: State | None, watch: Watch) -> tuple[Tensor, State]:
         """Return what the heads read, ``(T, B, C)``, and the next state."""
+        if tokens.ndim != 2 or tokens.shape[1] == 0:
+            raise UsageError(
+                f"SpikeGPT reads token ids (B, S) with S at least 1, not {tuple(tokens.shape)}",
+                hint="tokens[None] makes a batch of one",
+            )
         if state is None:
             state = self.init_state(tokens.shape[0], device=tokens.device)
         x = self.emb(tokens.t())

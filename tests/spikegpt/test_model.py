@@ -177,6 +177,21 @@ def test_what_the_released_format_cannot_hold_is_refused() -> None:
         spiking_lm.export_reference(make(placement="spike_input"))
 
 
+@pytest.mark.parametrize("shape", [(5,), (2, 0), (1, 2, 3)])
+def test_tokens_of_the_wrong_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(UsageError, match="token ids"):
+        make()(torch.zeros(shape, dtype=torch.long))
+
+
+def test_silence_is_penalised_where_asked() -> None:
+    silent = make(init="rwkv", silence_penalty=0.5)
+    assert float(silent(tokens()).aux_losses["silence"]) == pytest.approx(0.5)
+    assert silent.eval()(tokens()).aux_losses == {}
+    assert make()(tokens()).aux_losses == {}
+    loss = make(silence_penalty=1.0)(tokens(8, 16)).aux_losses["silence"]
+    assert 0 <= float(loss) < 1
+
+
 def test_typo_in_configuration() -> None:
     with pytest.raises(ConfigError, match="n_layres") as caught:
         make(n_layres=3)
