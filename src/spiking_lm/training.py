@@ -148,28 +148,27 @@ def train(
     config = recipe.train
     assert config is not None
     console = console or Console(stderr=True)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     objective: Objective
     objective = (NextToken if isinstance(data, TextData) else Labels)(data, config, recipe.seed)  # type: ignore[arg-type]
     optimizer = make_optimizer(model, config.optimizer)
-    start, elapsed = 0, 0.0
+    start, elapsed, threads = 0, 0.0, config.threads
     torch.manual_seed(recipe.seed)
     if resume_from is not None:
-        start, elapsed = _restore(resume_from, model, optimizer)
+        start, elapsed, threads = _restore(resume_from, model, optimizer)
         console.print(f"resuming after step {start:,} from {resume_from}")
 
     def save(step: int) -> Path:
         state = {
             "step": step,
             "elapsed_s": elapsed,
+            "threads": torch.get_num_threads(),
             "optimizer": optimizer.state_dict(),
             "torch_rng": torch.get_rng_state(),
         }
         return save_checkpoint(run.path, step, model, state, tokenizer=data.tokenizer, keep=config.keep)
 
     watch = _NeuronWatch(console, quiet_until=max(config.schedule.warmup, config.steps // 20))
-    with _interruptible() as interrupted, _progress(console, config.steps, start) as progress:
+    with _threads(threads), _interruptible() as interrupted, _progress(console, config.steps, start) as progress:
         for step in range(start, config.steps):
             tick = time.perf_counter()
             last = step + 1 == config.steps
@@ -231,13 +230,13 @@ def _backward(
     return total, tokens, output
 
 
-def _restore(path: Path, model: SpikingLanguageModel, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
-    """Load weights, optimizer and random state from a checkpoint; return the finished steps and the seconds spent."""
+def _restore(path: Path, model: SpikingLanguageModel, optimizer: torch.optim.Optimizer) -> tuple[int, float, int]:
+    """Load weights, optimizer and random state from a checkpoint; return its steps, its seconds and its threads."""
     saved, state = load_checkpoint(path)
     model.load_state_dict(saved.state_dict())
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["torch_rng"])
-    return int(state["step"]), float(state["elapsed_s"])
+    return int(state["step"]), float(state["elapsed_s"]), int(state["threads"])
 
 
 def _diverged(run: RunDir, step: int, loss: float, norm: float) -> DivergedError:
@@ -277,6 +276,18 @@ class _NeuronWatch:
                         f"[yellow]warning:[/] step {step}: {share:.0%} of the channels of {site} {word} in this batch"
                     )
         return {"rates": rates, "silent": silent, "saturated": saturated}
+
+
+@contextmanager
+def _threads(n: int | None) -> Iterator[None]:
+    """Let torch use ``n`` threads for a while; sums are cut by threads, so a resumed run needs as many as before."""
+    before = torch.get_num_threads()
+    if n is not None:
+        torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

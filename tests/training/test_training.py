@@ -197,6 +197,25 @@ def test_classifier_learns(tmp_path: Path) -> None:
     assert model.capabilities >= {"classify"}
 
 
+def test_threads_are_given_back_and_kept_over_a_stop(text: Any, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    seen: list[int] = []
+    try:
+        torch.set_num_threads(2)
+        run, _ = run_training(tiny_recipe(steps=2, save_every=1, threads=1), text, tmp_path)
+        assert torch.get_num_threads() == 2
+        torch.set_num_threads(3)
+        again = tiny_recipe(steps=2, threads="null")
+        model = build_model(again, text)
+        model.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
+        half = run.path / "checkpoints" / "step-000001"
+        train(RunDir.create(again, tmp_path), again, model, text, resume_from=half, console=Console(file=io.StringIO()))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {1}
+
+
 def test_model_is_made_from_the_seed(text: Any) -> None:
     recipe = tiny_recipe()
     first, second = build_model(recipe, text), build_model(recipe, text)

@@ -81,7 +81,8 @@ def load_model_and_tokenizer(path: Path) -> tuple[Any, Any]:
     vocab_size = getattr(model.config, "vocab_size", None)
     if vocab_size != 256:
         raise CheckpointError(
-            f"{folder} has no tokenizer.json", hint=f"copy the tokenizer of its {vocab_size} tokens there"
+            f"{folder} has no tokenizer.json",
+            hint=f"spiking-lm convert {folder} OUT --tokenizer FILE adds it to a copy",
         )
     return model, create_tokenizer({"type": "byte"})
 
