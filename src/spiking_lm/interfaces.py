@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
@@ -111,6 +111,17 @@ class LIFDynamics:
     surrogate: SurrogateConfig = SurrogateConfig()
     detach_reset: bool = False
 
+    def run(self, x: Tensor, v: Tensor | None, *, final_only: bool = True) -> tuple[Tensor, Tensor]:
+        """Run the kernel on ``x (B, T, N)`` from membranes ``v (B, N)``; return spikes ``(B, T, N)`` and membranes.
+
+        The membranes are the last ones, ``(B, N)``, or with ``final_only=False`` those after every step, ``(B, T, N)``.
+        """
+        from spiking_lm.kernels import lif_scan
+
+        declared = {field.name: getattr(self, field.name) for field in fields(self)}
+        spikes, membranes = lif_scan(x.transpose(0, 1), v, **declared, final_only=final_only)
+        return spikes.transpose(0, 1), membranes if final_only else membranes.transpose(0, 1)
+
 
 class Neuron(nn.Module, ABC):
     """A population of neurons along the sequence: one step is one token.
@@ -142,7 +153,7 @@ class Neuron(nn.Module, ABC):
         if state is None:
             state = self.init_state((x.shape[0], *x.shape[2:]), device=x.device, dtype=x.dtype)
         if self.dynamics is not None:
-            return self._run_kernel(x, state, self.dynamics)
+            return self.dynamics.run(x, state)
         return self.scan(x, state)
 
     def scan(self, x: Tensor, state: State) -> tuple[Tensor, State]:
@@ -152,23 +163,6 @@ class Neuron(nn.Module, ABC):
             s_t, state = self.step(x_t, state)
             spikes.append(s_t)
         return torch.stack(spikes, 1) if spikes else torch.zeros_like(x), state
-
-    def _run_kernel(self, x: Tensor, state: State, dynamics: LIFDynamics) -> tuple[Tensor, State]:
-        from spiking_lm.kernels import lif_scan
-
-        spikes, v = lif_scan(
-            x.transpose(0, 1),
-            state,
-            beta=dynamics.beta,
-            gain=dynamics.gain,
-            threshold=dynamics.threshold,
-            v_reset=dynamics.v_reset,
-            compare=dynamics.compare,
-            surrogate=dynamics.surrogate,
-            detach_reset=dynamics.detach_reset,
-            final_only=True,
-        )
-        return spikes.transpose(0, 1), v
 
 
 def map_state(function: Callable[[Tensor], Tensor], state: State) -> State:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -202,11 +201,8 @@ def _membrane_updates(neuron: Neuron, x: Tensor, state: Any = None) -> int | Non
     if state is None:
         state = neuron.init_state((x.shape[0], *x.shape[2:]), device=x.device, dtype=x.dtype)
     if neuron.dynamics is not None:
-        from spiking_lm.kernels import lif_scan
-
-        declared = {f.name: getattr(neuron.dynamics, f.name) for f in dataclasses.fields(neuron.dynamics)}
-        _, v = lif_scan(x.transpose(0, 1), state, **declared)
-        return v[0].numel() + int(torch.count_nonzero(v[1:] != v[:-1]))
+        _, v = neuron.dynamics.run(x, state, final_only=False)
+        return v[:, 0].numel() + int(torch.count_nonzero(v[:, 1:] != v[:, :-1]))
     updates = 0
     before: Tensor | None = None
     for x_t in x.unbind(1):

@@ -41,19 +41,16 @@ def load(golden: Path, name: str, dtype: torch.dtype = torch.float32, **config: 
 
 
 def record_neurons(model: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Collect each neuron's input and its membranes (from the reference scan of the recorded input), time-major."""
+    """Collect each neuron's input and its membranes (from the reference scan of the recorded input), batch-first."""
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for i, block in enumerate(model.blocks):
         for site in block.neurons:
 
             def hook(module: Any, args: Any, output: Any, key: str = f"{i}.{site}") -> None:
-                x = args[0].transpose(0, 1).detach()
-                d = module.dynamics
+                x = args[0].detach()
                 with kernels.use(lif_scan="reference"):
-                    _, v = kernels.lif_scan(
-                        x, beta=d.beta, gain=d.gain, threshold=d.threshold, v_reset=d.v_reset, compare=d.compare
-                    )
-                seen[key] = (x.transpose(0, 1), v.transpose(0, 1))
+                    _, v = module.dynamics.run(x, None, final_only=False)
+                seen[key] = (x, v)
 
             block.neurons[site].neuron.register_forward_hook(hook)
     return seen

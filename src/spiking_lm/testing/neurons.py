@@ -336,16 +336,4 @@ def _run_dynamics(dynamics: LIFDynamics, x: Tensor, v: Tensor) -> tuple[Tensor, 
     from spiking_lm import kernels
 
     with kernels.use(lif_scan="reference"):
-        spikes, final = kernels.lif_scan(
-            x.transpose(0, 1),
-            v,
-            beta=dynamics.beta,
-            gain=dynamics.gain,
-            threshold=dynamics.threshold,
-            v_reset=dynamics.v_reset,
-            compare=dynamics.compare,
-            surrogate=dynamics.surrogate,
-            detach_reset=dynamics.detach_reset,
-            final_only=True,
-        )
-    return spikes.transpose(0, 1), final
+        return dynamics.run(x, v)
