@@ -259,6 +259,7 @@ def explain(model: SpikingLanguageModel, tokens: Any = None, *, sample: str | No
         for group in groups(rows):
             output = model(group.to(device_of(model)), return_spikes=True)
             sites.add(output.spikes or {})
+            watch.add_arrived(output.arrived)
     watch.check()
     n_tokens, n_samples = rows.numel(), len(rows)
     ops = tuple(_op_count(op, graph, watch, sites, n_tokens) for op in graph)

@@ -69,6 +69,13 @@ class LIFConfig(NeuronConfig):
     """True stops the gradient through the reset."""
 
 
+class BackendConfig(StrictModel):
+    """Base of hardware backends' options; subclasses add how a model is placed and computed."""
+
+    tokens: int = Field(default=2048, gt=0)
+    """Tokens of the evaluation split that a recipe runs the program on."""
+
+
 class DatasetConfig(StrictModel):
     """Base of dataset configurations; subclasses add e.g. ``path``."""
 

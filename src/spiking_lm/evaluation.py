@@ -26,7 +26,7 @@ from spiking_lm.data.sampling import pad_batch
 from spiking_lm.errors import DataError
 from spiking_lm.generation import evaluating
 from spiking_lm.interfaces import SpikingLanguageModel
-from spiking_lm.recipe import EvaluateConfig
+from spiking_lm.stages import EvaluateConfig
 
 if TYPE_CHECKING:
     from spiking_lm.data import Example, Tokenizer

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from spiking_lm.errors import UsageError
 from spiking_lm.interfaces import SpikingLanguageModel, State
-from spiking_lm.recipe import GenerateConfig
+from spiking_lm.stages import GenerateConfig
 
 if TYPE_CHECKING:
     from spiking_lm.data import Tokenizer

@@ -6,7 +6,7 @@ against the tensors that really flow (:mod:`spiking_lm.accounting`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -34,13 +34,20 @@ class Op:
     """Qualified name of the ``nn.Module`` that computes it, when one does."""
     weight: tuple[int, int] | None = None
     """(out, in) of the weight matrix of a ``linear``."""
+    recurrent: tuple[str, ...] = ()
+    """Names of ops, earlier or later ones, whose output for the *previous* token it reads too."""
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    """Role -> name in the model's state dict. Of a ``linear`` that is no ``nn.Linear``: ``weight`` (out, in) or
+    ``weight_t`` (in, out), and ``bias``; what it read is then in ``LMOutput.arrived``. Of others: what they need."""
+    dynamics: object | None = None
+    """What a ``neuron`` computes, for backends: e.g. :class:`~spiking_lm.interfaces.EGRUDynamics`."""
     other_ops: int = 0
     """Arithmetic per token that NeuroBench does not count (norms, WKV, mixes, gates), in elementary operations."""
 
 
 @dataclass(frozen=True)
 class LMGraph:
-    """The ops in execution order; every input names an earlier op or ``"tokens"``."""
+    """The ops in execution order; every input names an earlier op or ``"tokens"``, a recurrent one any op."""
 
     ops: tuple[Op, ...]
     _by_name: dict[str, Op] = field(init=False, repr=False, compare=False)
@@ -54,6 +61,10 @@ class LMGraph:
             if op.name in seen or op.name == "tokens":
                 raise ConfigError(f"graph: two ops are named {op.name!r}")
             seen[op.name] = op
+        for op in self.ops:
+            for name in op.recurrent:
+                if name not in seen:
+                    raise ConfigError(f"graph: op {op.name!r} reads the last {name!r}, which no op emits")
         object.__setattr__(self, "_by_name", seen)
 
     def __iter__(self) -> Iterator[Op]:
@@ -63,9 +74,10 @@ class LMGraph:
         return self._by_name[name]
 
     def input_kinds(self, op: Op) -> tuple[ValueKind, ...]:
-        """Return what each input of ``op`` carries."""
-        return tuple("token" if name == "tokens" else self._by_name[name].emits for name in op.inputs)
+        """Return what each input of ``op`` carries, recurrent ones last."""
+        names = (*op.inputs, *op.recurrent)
+        return tuple("token" if name == "tokens" else self._by_name[name].emits for name in names)
 
     def readers(self, name: str) -> tuple[Op, ...]:
         """Return the ops that read what ``name`` emits."""
-        return tuple(op for op in self.ops if name in op.inputs)
+        return tuple(op for op in self.ops if name in op.inputs or name in op.recurrent)

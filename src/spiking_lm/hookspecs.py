@@ -53,6 +53,24 @@ def spiking_lm_kernels(register: Register) -> None:
 
 
 @hookspec
+def spiking_lm_backends(register: Register) -> None:
+    """Offer hardware backends, for ``lower`` and the ``deploy`` stage of recipes.
+
+    >>> from spiking_lm.records import BackendSpec
+    >>> @hookimpl
+    ... def spiking_lm_backends(register):
+    ...     register(
+    ...         BackendSpec(
+    ...             name="table",
+    ...             config="demo.config:TableConfig",
+    ...             lower="demo.lower:lower",
+    ...             program="demo.program:TableProgram",
+    ...         )
+    ...     )
+    """
+
+
+@hookspec
 def spiking_lm_datasets(register: Register) -> None:
     """Offer datasets, for the ``data`` of a recipe.
 
@@ -116,6 +134,17 @@ def spiking_lm_commands(register: Register) -> None:
     >>> @hookimpl
     ... def spiking_lm_commands(register):
     ...     register(CommandSpec(name="hello", function="demo.cli:hello", summary="Say hello."))
+    """
+
+
+@hookspec
+def spiking_lm_benchmarks(register: Register) -> None:
+    """Offer benchmarks, for ``spiking-lm bench``.
+
+    >>> from spiking_lm.records import BenchmarkSpec
+    >>> @hookimpl
+    ... def spiking_lm_benchmarks(register):
+    ...     register(BenchmarkSpec(name="demo/sum", function="demo.bench:bench_sum"))
     """
 
 

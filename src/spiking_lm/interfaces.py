@@ -41,6 +41,8 @@ class LMOutput:
     state: State
     spikes: dict[str, Tensor] | None = None
     """Site name -> ``(B, S, N)``, when asked for."""
+    arrived: dict[str, Tensor] = field(default_factory=dict)
+    """With the spikes: op name -> what its weight matrix read, ``(B, S, n_in)``, where no ``nn.Linear`` holds it."""
     aux_losses: dict[str, Tensor] = field(default_factory=dict)
     """Scalars that training adds to the cross-entropy."""
 
@@ -121,6 +123,24 @@ class LIFDynamics:
         declared = {field.name: getattr(self, field.name) for field in fields(self)}
         spikes, membranes = lif_scan(x.transpose(0, 1), v, **declared, final_only=final_only)
         return spikes.transpose(0, 1), membranes if final_only else membranes.transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class EGRUDynamics:
+    """The declared dynamics of event-based gated units (Subramoney et al., arXiv 2206.06178), enough to lower them.
+
+    The op reads two ``linear`` ops in the order (input, recurrent), each emitting 3 H values in blocks z, r, g::
+
+        z = sigmoid(a_z + q_z)      r = sigmoid(a_r + q_r)      g = tanh(a_g + r q_g)
+        p_t = z c_{t-1} + (1 - z) g                    mixed with c_{t-1} by ``zoneout``: zoneout c + (1 - zoneout) p
+        y_t = p_t [p_t > threshold]                    what is emitted
+        c_t = p_t - threshold [p_t > threshold]
+
+    ``parameters`` of the op names the ``threshold``, (H,), in the model's state dict.
+    """
+
+    hidden_size: int
+    zoneout: float = 0.0
 
 
 class Neuron(nn.Module, ABC):

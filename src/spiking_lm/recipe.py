@@ -18,112 +18,37 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_valid
 from spiking_lm import registry, safeyaml
 from spiking_lm.config import StrictModel, parse_config
 from spiking_lm.errors import PluginError, RecipeError, SpikingLMError, UnknownNameError, did_you_mean
+from spiking_lm.stages import (
+    SAFE_PART,
+    STAGES,
+    CompareConfig,
+    EvaluateConfig,
+    ExplainConfig,
+    GenerateConfig,
+    PruneConfig,
+    ReportConfig,
+    TrainConfig,
+)
 
-_SAFE_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.\-]*(/[A-Za-z0-9][A-Za-z0-9_.\-]*)*$")
+_SAFE_NAME = re.compile(rf"{SAFE_PART.pattern}(/{SAFE_PART.pattern})*")
 
 _SLOTS = {
     ("data",): "datasets",
     ("data", "tokenizer"): "tokenizers",
     ("model",): "models",
     ("model", "neuron"): "neurons",
+    ("deploy",): "backends",
 }
 """Where a recipe names something registered: ``type`` chooses it, and its configuration class checks the other keys."""
 
+
+def _choice(path: tuple[str, ...]) -> str:
+    """Return the key that chooses: a deployment has no type, it has a backend."""
+    return "backend" if path == ("deploy",) else "type"
+
+
 _FROM_DATA = ("vocab_size", "num_classes")
 """Fields of a model that the data decides when the recipe leaves them out."""
-
-
-class OptimizerConfig(StrictModel):
-    """The optimizer and its peak learning rate."""
-
-    type: Literal["adamw", "adam"] = "adamw"
-    lr: float = Field(default=1e-3, gt=0)
-    betas: tuple[float, float] = (0.9, 0.99)
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-
-
-class ScheduleConfig(StrictModel):
-    """The learning rate over the run, as a share of the peak."""
-
-    type: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup: int = Field(default=0, ge=0)
-    """Steps of linear warm-up."""
-    final: float = Field(default=0.0, ge=0, le=1)
-    """Share of the peak that is left at the last step (cosine, wsd)."""
-    decay: float = Field(default=0.2, gt=0, le=1)
-    """wsd only: share of the run that the final decay takes."""
-
-
-class TrainConfig(StrictModel):
-    """The training stage."""
-
-    steps: int = Field(gt=0)
-    batch_size: int = Field(gt=0)
-    """Sequences per micro-batch."""
-    accumulate: int = Field(default=1, gt=0)
-    """Micro-batches per optimizer step."""
-    seq_len: int = Field(default=128, gt=0)
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 runs matrix products in bfloat16 under autocast; weights, states and norms stay fp32."""
-    optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
-    grad_clip: float | None = Field(default=1.0, gt=0)
-    eval_every: int = Field(default=0, ge=0)
-    """Steps between validation scores; 0 scores only at the end."""
-    eval_tokens: int = Field(default=16384, gt=0)
-    """Validation tokens scored each time; the evaluate stage scores the whole split."""
-    save_every: int = Field(default=0, ge=0)
-    """Steps between checkpoints; 0 saves only at the end."""
-    keep: int = Field(default=2, ge=1)
-    """Checkpoints kept."""
-    log_every: int = Field(default=10, gt=0)
-    threads: int | None = Field(default=None, gt=0)
-    """CPU threads for torch; None leaves torch's choice."""
-
-
-class EvaluateConfig(StrictModel):
-    """The evaluation stage: a window slides over the text, and only tokens with enough context are scored."""
-
-    split: Literal["valid", "test"] = "test"
-    window: int = Field(default=1024, gt=0)
-    stride: int = Field(default=512, gt=0)
-    batch_size: int = Field(default=8, gt=0)
-    max_tokens: int | None = Field(default=None, gt=0)
-    """Score only the first so many tokens of the split."""
-    metrics: list[str] | None = None
-    """Registry names; None computes every metric that applies."""
-
-
-class GenerateConfig(StrictModel):
-    """The generation stage."""
-
-    prompt: str = "\n"
-    max_new_tokens: int = Field(default=300, gt=0)
-    temperature: float = Field(default=0.8, ge=0)
-    """0 is greedy."""
-    top_k: int | None = Field(default=None, gt=0)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    """1.0 means no cut."""
-    seed: int = 0
-    stop: list[str] = Field(default=[])
-
-
-class ExplainConfig(StrictModel):
-    """The explain stage: where the spikes are, measured on text of the evaluation split."""
-
-    tokens: int = Field(default=2048, gt=0)
-
-
-class ReportConfig(StrictModel):
-    """The report stage: one self-contained HTML file."""
-
-    raster_tokens: int = Field(default=200, gt=0)
-    """Tokens shown in the spike raster."""
-
-
-STAGES = ("train", "evaluate", "generate", "explain", "report")
-"""The stages that a recipe may have or lack, in the order in which they run."""
 
 
 class Recipe(StrictModel):
@@ -140,15 +65,19 @@ class Recipe(StrictModel):
     model: dict[str, Any]
     """``type`` names a model; the rest is its configuration. ``vocab_size`` comes from the tokenizer."""
     train: TrainConfig | None = None
+    prune: PruneConfig | None = None
     evaluate: EvaluateConfig | None = None
     generate: GenerateConfig | None = None
     explain: ExplainConfig | None = None
+    deploy: dict[str, Any] | None = None
+    """``backend`` names a hardware backend; the rest are its options."""
+    compare: CompareConfig | None = None
     report: ReportConfig | None = None
 
     @field_validator("name")
     @classmethod
     def _safe_name(cls, name: str) -> str:
-        if not _SAFE_NAME.match(name) or len(name) > 100 or name.endswith(".yaml"):
+        if not _SAFE_NAME.fullmatch(name) or len(name) > 100 or name.endswith(".yaml"):
             raise ValueError("a name becomes a folder: use letters, digits and . _ - in parts joined by /")
         return name
 
@@ -182,9 +111,10 @@ def resolve(document: dict[str, Any], overrides: Overrides = (), *, where: str =
     recipe = parse_config(Recipe, document, where=where, error=RecipeError)
     for metric in (recipe.evaluate.metrics if recipe.evaluate else None) or ():
         registry.get("metrics", metric)
-    return recipe.model_copy(
-        update={"data": _check_data(recipe.data, where), "model": _check_model(recipe.model, where)}
-    )
+    checked = {"data": _check_data(recipe.data, where), "model": _check_model(recipe.model, where)}
+    if recipe.deploy is not None:
+        checked["deploy"] = _check_slot(("deploy",), recipe.deploy, where)
+    return recipe.model_copy(update=checked)
 
 
 def find_recipe(path_or_name: str | Path) -> Path:
@@ -237,24 +167,24 @@ def json_schema() -> dict[str, Any]:
                 continue
             option = entry.load("config").model_json_schema()
             definitions.update(option.pop("$defs", {}))
-            properties = {"type": {"const": name}, **option.get("properties", {})}
+            properties = {_choice(path): {"const": name}, **option.get("properties", {})}
             for field, other in slots_below.items():
                 if field in properties or path == ("data",):
                     properties[field] = {"$ref": f"#/$defs/{other}"}
             required = [field for field in option.get("required", ()) if field not in _FROM_DATA]
-            options.append({**option, "properties": properties, "required": ["type", *required]})
+            options.append({**option, "properties": properties, "required": [_choice(path), *required]})
         definitions[kind] = {"oneOf": options}
     for path, kind in _SLOTS.items():
-        if len(path) == 1:
+        if len(path) == 1 and definitions[kind]["oneOf"]:
             schema["properties"][path[0]] = {"$ref": f"#/$defs/{kind}"}
     schema["properties"]["extends"] = {"type": "string", "description": "The recipe that this one changes."}
     schema["required"] = ["name"]  # the rest may come from the recipe that is extended
     return schema
 
 
-def split_type(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Split ``{"type": "x", ...}`` into the name and the other keys."""
-    return config["type"], {key: value for key, value in config.items() if key != "type"}
+def split_choice(config: Mapping[str, Any], key: str = "type") -> tuple[str, dict[str, Any]]:
+    """Split ``{"type": "x", ...}`` into the name and the other keys; a deployment's ``key`` is ``"backend"``."""
+    return config[key], {name: value for name, value in config.items() if name != key}
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -295,11 +225,15 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         below = base.get(key)
-        if isinstance(value, dict) and isinstance(below, dict) and value.get("type") in (None, below.get("type")):
+        if isinstance(value, dict) and isinstance(below, dict) and _same_choice(key, below, value):
             merged[key] = _merge(below, value)
         else:
             merged[key] = value
     return merged
+
+
+def _same_choice(key: str, below: dict[str, Any], value: dict[str, Any]) -> bool:
+    return value.get(_choice((key,))) in (None, below.get(_choice((key,))))
 
 
 def _describe(name: str, entry: registry.Registered) -> RecipeInfo:
@@ -310,7 +244,7 @@ def _describe(name: str, entry: registry.Registered) -> RecipeInfo:
         return dataclasses.replace(info, error=error.message)
     extras: dict[str, None] = {}
     for path, kind in _SLOTS.items():
-        type_name = _at(document, (*path, "type"))
+        type_name = _at(document, (*path, _choice(path)))
         used = registry.all(kind).get(str(type_name))
         if used is not None and used.missing() and used.spec.extra:
             extras[used.spec.extra] = None
@@ -362,17 +296,17 @@ def _check_model(model: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _check_slot(path: tuple[str, ...], values: Any, where: str) -> dict[str, Any]:
     """Return ``values`` completed with the defaults of the configuration class that its ``type`` names."""
-    where = f"{where}: {'.'.join(path)}"
+    where, choice = f"{where}: {'.'.join(path)}", _choice(path)
     if not isinstance(values, dict):
-        raise RecipeError(f"{where}: expected a mapping with a 'type', got {values!r}")
-    if not isinstance(values.get("type"), str):
+        raise RecipeError(f"{where}: expected a mapping with a {choice!r}, got {values!r}")
+    if not isinstance(values.get(choice), str):
         known = ", ".join(registry.all(_SLOTS[path]))
-        raise RecipeError(f"{where}: the field 'type' is missing", hint=f"choose one of: {known}")
-    name, rest = split_type(values)
+        raise RecipeError(f"{where}: the field {choice!r} is missing", hint=f"choose one of: {known}")
+    name, rest = split_choice(values, choice)
     cls = _config_class(_SLOTS[path], name, where)
     standing_in = {field: 2 for field in _FROM_DATA if field in cls.model_fields and rest.get(field) is None}
     config = parse_config(cls, {**rest, **standing_in}, where=where, error=RecipeError)
-    return {"type": name, **config.model_dump(mode="json", exclude=set(standing_in))}
+    return {choice: name, **config.model_dump(mode="json", exclude=set(standing_in))}
 
 
 def _config_class(kind: str, name: str, where: str) -> type[StrictModel]:
@@ -401,7 +335,7 @@ def _in_order(overrides: Overrides) -> list[tuple[tuple[str, ...], Any]]:
             if not equals or not all(key.strip().split(".")):
                 raise RecipeError(f"--set {text!r}: cannot be understood", hint="write --set path.to.field=value")
             pairs.append((tuple(key.strip().split(".")), _Written(value)))
-    return sorted(pairs, key=lambda pair: len(pair[0]) if pair[0][-1] == "type" else 1000)
+    return sorted(pairs, key=lambda pair: len(pair[0]) if pair[0][-1] == _choice(pair[0][:-1]) else 1000)
 
 
 def _flatten(prefix: tuple[str, ...], values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -444,7 +378,7 @@ def _override(document: dict[str, Any], path: tuple[str, ...], value: Any) -> No
         if not isinstance(here.get(key), dict):
             here[key] = _default(document, path[:depth])
         here = here[key]
-    if path[-1] == "type" and path[:-1] in _SLOTS and here.get("type") != value:
+    if path[:-1] in _SLOTS and path[-1] == _choice(path[:-1]) and here.get(path[-1]) != value:
         # A new type keeps only what it knows too; `--set model.neuron.type=x` need not spell out what to drop.
         known = _fields(path[:-1], str(value), f"--set {'.'.join(path[:-1])}")
         for key in [key for key in here if key not in known]:
@@ -469,9 +403,11 @@ def _annotation(document: dict[str, Any], path: tuple[str, ...]) -> Any:
 
 def _fields_below(document: dict[str, Any], path: tuple[str, ...], annotation: Any) -> dict[str, Any] | None:
     if path in _SLOTS:
-        chosen = _at(document, (*path, "type")) or _at(_default(document, path), ("type",))
+        choice = _choice(path)
+        chosen = _at(document, (*path, choice)) or _at(_default(document, path), (choice,))
         if not isinstance(chosen, str):
-            raise RecipeError(f"{'.'.join(path)}.type is not set", hint=f"--set {'.'.join(path)}.type=... first")
+            field = ".".join((*path, choice))
+            raise RecipeError(f"{field} is not set", hint=f"--set {field}=... first")
         return _fields(path, chosen, ".".join(path))
     nested = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
     if nested:
@@ -485,7 +421,7 @@ def _fields(path: tuple[str, ...], chosen: str, where: str) -> dict[str, Any]:
     """Return the fields of a slot when its type is ``chosen``: its configuration's, and the recipe's own."""
     cls = _config_class(_SLOTS[path], chosen, where)
     fields = {name: field.annotation for name, field in cls.model_fields.items()}
-    return {**fields, "type": str, **({"tokenizer": dict} if path == ("data",) else {})}
+    return {**fields, _choice(path): str, **({"tokenizer": dict} if path == ("data",) else {})}
 
 
 def _default(document: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:

@@ -97,6 +97,20 @@ class KernelSpec(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BackendSpec(Record):
+    """A hardware backend: its options, what lowers a model to it, and the program that runs there."""
+
+    kind = "backends"
+    targets = ("config", "lower", "program")
+    config: str
+    """A :class:`spiking_lm.config.BackendConfig` subclass."""
+    lower: str
+    """``f(model, config) -> Program``."""
+    program: str
+    """A :class:`spiking_lm.hardware.Program` subclass in a module that does not import torch."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DatasetSpec(Record):
     """A dataset: ``config`` describes its options, ``factory(config)`` returns a corpus or a labelled set."""
 
@@ -155,6 +169,15 @@ class CommandSpec(Record):
     """A command-line verb: ``function`` is a typer command function."""
 
     kind = "commands"
+    targets = ("function",)
+    function: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkSpec(Record):
+    """One figure of ``spiking-lm bench``: ``function(repeats) -> spiking_lm.bench.Row``, or a list of rows."""
+
+    kind = "benchmarks"
     targets = ("function",)
     function: str
 

@@ -26,7 +26,7 @@ from spiking_lm import __version__
 from spiking_lm.errors import DataError, InterruptedRunError, MissingExtraError, RecipeError, SpikingLMError, UsageError
 from spiking_lm.files import atomic_write
 from spiking_lm.manifest import describe_environment, plain
-from spiking_lm.recipe import Overrides, Recipe, load_recipe, split_type
+from spiking_lm.recipe import Overrides, Recipe, load_recipe, split_choice
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -304,7 +304,7 @@ def build_model(recipe: Recipe, data: TextData | LabelledData) -> SpikingLanguag
 
     from spiking_lm.models import create_model
 
-    name, config = split_type(recipe.model)
+    name, config = split_choice(recipe.model)
     _fit(recipe, config, "vocab_size", data.tokenizer.vocab_size, f"the {data.tokenizer.type} tokenizer")
     if hasattr(data, "labels"):
         _fit(recipe, config, "num_classes", len(data.labels), "the set of labels")

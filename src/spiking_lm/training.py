@@ -28,7 +28,8 @@ from spiking_lm.data.sampling import epoch_order, gather, pad_batch, sample_offs
 from spiking_lm.errors import DivergedError, InterruptedRunError
 from spiking_lm.evaluation import classify_examples, score_tokens
 from spiking_lm.interfaces import LMOutput, SpikingLanguageModel
-from spiking_lm.recipe import EvaluateConfig, OptimizerConfig, Recipe, ScheduleConfig, TrainConfig
+from spiking_lm.recipe import Recipe
+from spiking_lm.stages import EvaluateConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 
 if TYPE_CHECKING:
     from spiking_lm.runs import RunDir

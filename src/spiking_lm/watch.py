@@ -104,7 +104,7 @@ class Watch:
     """Hooks on the modules that the graph names, and on the layers that NeuroBench would count."""
 
     def __init__(self, model: SpikingLanguageModel, graph: LMGraph) -> None:
-        self.model = model
+        self.model, self._graph = model, graph
         self.linears: dict[str, LinearTap] = {}
         self.outputs: dict[str, Stream] = defaultdict(Stream)
         self.activations = Stream()
@@ -114,6 +114,7 @@ class Watch:
         self.notes: list[str] = []
         self._undeclared: set[str] = set()
         self._by_module: dict[str, list[Op]] = defaultdict(list)
+        self._parameters = dict(model.named_parameters(remove_duplicate=False))
         for op in graph:
             if op.module is not None:
                 self._by_module[op.module].append(op)
@@ -122,14 +123,23 @@ class Watch:
         self._neurons = [op.name for op in graph if op.kind == "neuron"]
 
     def _matrix(self, op: Op) -> Tensor:
-        if op.module is None:
-            raise PluginError(f"graph: op {op.name!r} is linear but names no module", hint="set Op.module")
-        weight = getattr(self._module(op.module, op), "weight", None)
+        weight: Any = None
+        if op.module is not None:
+            name = f"{op.module}.weight"
+            weight = getattr(self._module(op.module, op), "weight", None)
+        else:
+            role = "weight" if "weight" in op.parameters else "weight_t"
+            name = op.parameters.get(role, "")
+            if not name:
+                raise PluginError(
+                    f"graph: op {op.name!r} is linear but names no module", hint="set Op.module, or Op.parameters"
+                )
+            weight = self._parameters.get(name)
+            if isinstance(weight, Tensor) and role == "weight_t":
+                weight = weight.T
         if not isinstance(weight, Tensor) or op.weight is None or tuple(weight.shape) != tuple(op.weight):
             shape = tuple(weight.shape) if isinstance(weight, Tensor) else "missing"
-            raise PluginError(
-                f"graph: op {op.name!r} declares the weight {op.weight}, but {op.module}.weight is {shape}"
-            )
+            raise PluginError(f"graph: op {op.name!r} declares the weight {op.weight}, but {name} is {shape}")
         return weight.detach()
 
     def _module(self, name: str, op: Op) -> nn.Module:
@@ -145,8 +155,10 @@ class Watch:
             turns = cycle(ops)
             module = self._module(name, ops[0])
             yield module.register_forward_hook(partial(self._on_call, turns), with_kwargs=True)
+        declared = {name for op in self._graph for name in op.parameters.values()}
         for name, module in self.model.named_modules():
-            if isinstance(module, CONNECTIONS) and name not in self._by_module:
+            own = {f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)}
+            if isinstance(module, CONNECTIONS) and name not in self._by_module and not own & declared:
                 yield module.register_forward_hook(partial(self._on_undeclared, name))
             if isinstance(module, (nn.ReLU, nn.Sigmoid)):
                 yield module.register_forward_hook(self._on_activation)
@@ -166,6 +178,17 @@ class Watch:
                 self.membrane_updates += updates
                 self.membranes.add(op.name)
 
+    def add_arrived(self, arrived: Mapping[str, Tensor]) -> None:
+        """Count the operations of weight matrices that no ``nn.Linear`` holds, from what the model says they read."""
+        for name, x in arrived.items():
+            tap = self.linears.get(name)
+            if tap is None or tap.op.module is not None:
+                raise PluginError(
+                    f"LMOutput.arrived: {name!r} is no linear op of the graph that goes without a module",
+                    hint="name ops whose weight is given by Op.parameters",
+                )
+            tap.add(x)
+
     def _on_undeclared(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         self._undeclared.add(name)
 
@@ -181,9 +204,12 @@ class Watch:
             )
         idle = [tap.op for tap in self.linears.values() if not tap.calls]
         if idle:
+            op = idle[0]
             raise PluginError(
-                f"graph: op {idle[0].name!r} names the module {idle[0].module!r}, which was not called",
-                hint="call the module itself, so that what arrives at it can be counted",
+                f"graph: op {op.name!r} names the module {op.module!r}, which was not called"
+                if op.module is not None
+                else f"graph: op {op.name!r} has no module, and LMOutput.arrived lacks it",
+                hint="call the module itself, or return what its matrix read, so that it can be counted",
             )
         without = [name for name in self._neurons if name not in self.membranes]
         if without:

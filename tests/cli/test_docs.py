@@ -10,7 +10,8 @@ import pytest
 
 from spiking_lm import safeyaml
 from spiking_lm.cli import VERBS, _load_verb
-from spiking_lm.recipe import STAGES, load_recipe, resolve
+from spiking_lm.recipe import load_recipe, resolve
+from spiking_lm.stages import STAGES
 
 
 @pytest.fixture(scope="module")

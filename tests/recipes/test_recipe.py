@@ -13,7 +13,8 @@ import pytest
 import spiking_lm
 from spiking_lm import safeyaml
 from spiking_lm.errors import MissingExtraError, PluginError, RecipeError, UnknownNameError
-from spiking_lm.recipe import STAGES, json_schema, load_recipe, recipes, resolve
+from spiking_lm.recipe import json_schema, load_recipe, recipes, resolve
+from spiking_lm.stages import STAGES
 
 Write = Callable[..., Path]
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import spiking_lm
 from spiking_lm import kernels
-from spiking_lm.recipe import OptimizerConfig
+from spiking_lm.stages import OptimizerConfig
 from spiking_lm.training import make_optimizer
 
 MODELS = ["tiny", "tiny_ffnpre", "deep8"]

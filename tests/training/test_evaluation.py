@@ -15,7 +15,7 @@ import spiking_lm
 from spiking_lm import data as datasets
 from spiking_lm.errors import DataError, UnknownNameError
 from spiking_lm.evaluation import Scores, _windows, accuracy, evaluate, macro_f1, render, score_tokens
-from spiking_lm.recipe import EvaluateConfig
+from spiking_lm.stages import EvaluateConfig
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import spiking_lm
 from spiking_lm import data as datasets
 from spiking_lm.errors import UsageError
 from spiking_lm.generation import iterate, sample_text, sampling_weights
-from spiking_lm.recipe import GenerateConfig
+from spiking_lm.stages import GenerateConfig
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,8 @@ def command(
     from spiking_lm.config import parse_config
     from spiking_lm.errors import UsageError
     from spiking_lm.evaluation import evaluate, render
-    from spiking_lm.recipe import EvaluateConfig, load_recipe
+    from spiking_lm.recipe import load_recipe
+    from spiking_lm.stages import EvaluateConfig
 
     folder = resolve_model(model)
     recipe_file = next((f / "recipe.yaml" for f in folder.parents[:2] if (f / "recipe.yaml").is_file()), None)

@@ -37,7 +37,7 @@ def command(
     from spiking_lm.config import parse_config
     from spiking_lm.errors import UsageError
     from spiking_lm.generation import sample_text
-    from spiking_lm.recipe import GenerateConfig
+    from spiking_lm.stages import GenerateConfig
 
     if prompt == "-":
         prompt = sys.stdin.read()

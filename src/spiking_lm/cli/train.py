@@ -19,7 +19,7 @@ def command(
 
     The later stages can follow with 'spiking-lm eval', 'generate', 'explain' and 'report' on the run directory.
     """
-    from spiking_lm.recipe import STAGES
+    from spiking_lm.stages import STAGES
 
     only = [f"{stage}=null" for stage in STAGES if stage != "train"]
     execute(recipe, [*settings, *only] if recipe else settings, out, resume, dry_run=dry_run, as_json=json)

@@ -1,0 +1,141 @@
+"""The configuration of every stage of a run, and the order in which the stages go (torch-free)."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from spiking_lm.config import StrictModel
+
+SAFE_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
+"""One part of a recipe's or a variant's name."""
+
+STAGES = ("train", "prune", "evaluate", "generate", "explain", "deploy", "compare", "report")
+"""The stages that a recipe may have or lack, in the order in which they run."""
+
+
+class OptimizerConfig(StrictModel):
+    """The optimizer and its peak learning rate."""
+
+    type: Literal["adamw", "adam"] = "adamw"
+    lr: float = Field(default=1e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+
+
+class ScheduleConfig(StrictModel):
+    """The learning rate over the run, as a share of the peak."""
+
+    type: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup: int = Field(default=0, ge=0)
+    """Steps of linear warm-up."""
+    final: float = Field(default=0.0, ge=0, le=1)
+    """Share of the peak that is left at the last step (cosine, wsd)."""
+    decay: float = Field(default=0.2, gt=0, le=1)
+    """wsd only: share of the run that the final decay takes."""
+
+
+class TrainConfig(StrictModel):
+    """The training stage."""
+
+    steps: int = Field(gt=0)
+    batch_size: int = Field(gt=0)
+    """Sequences per micro-batch."""
+    accumulate: int = Field(default=1, gt=0)
+    """Micro-batches per optimizer step."""
+    seq_len: int = Field(default=128, gt=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 runs matrix products in bfloat16 under autocast; weights, states and norms stay fp32."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    grad_clip: float | None = Field(default=1.0, gt=0)
+    eval_every: int = Field(default=0, ge=0)
+    """Steps between validation scores; 0 scores only at the end."""
+    eval_tokens: int = Field(default=16384, gt=0)
+    """Validation tokens scored each time; the evaluate stage scores the whole split."""
+    save_every: int = Field(default=0, ge=0)
+    """Steps between checkpoints; 0 saves only at the end."""
+    keep: int = Field(default=2, ge=1)
+    """Checkpoints kept."""
+    log_every: int = Field(default=10, gt=0)
+    threads: int | None = Field(default=None, gt=0)
+    """CPU threads for torch; None leaves torch's choice."""
+
+
+class PruneConfig(StrictModel):
+    """The pruning stage: the smallest weights go to zero step by step, while the others are trained on."""
+
+    sparsity: float = Field(gt=0, lt=1)
+    """Share of the weights of the pruned matrices that is zero at the end."""
+    scope: Literal["uniform", "global"] = "uniform"
+    """uniform: the same share of every matrix. global: one magnitude for all of them."""
+    steps: int = Field(gt=0)
+    """Optimizer steps, going on after those of train with its batches and optimizer."""
+    ramp: float = Field(default=0.7, gt=0, le=1)
+    """Share of the steps over which the sparsity rises (cubically, Zhu & Gupta, arXiv 1710.01878)."""
+    every: int = Field(default=20, gt=0)
+    """Steps between two cuts while it rises."""
+    lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate; None takes that of train."""
+    parameters: list[str] = Field(default=["*"])
+    """Which matrices: shell patterns of operation names in the model's graph; embedding and output head never are."""
+
+
+class EvaluateConfig(StrictModel):
+    """The evaluation stage: a window slides over the text, and only tokens with enough context are scored."""
+
+    split: Literal["valid", "test"] = "test"
+    window: int = Field(default=1024, gt=0)
+    stride: int = Field(default=512, gt=0)
+    batch_size: int = Field(default=8, gt=0)
+    max_tokens: int | None = Field(default=None, gt=0)
+    """Score only the first so many tokens of the split."""
+    metrics: list[str] | None = None
+    """Registry names; None computes every metric that applies."""
+
+
+class GenerateConfig(StrictModel):
+    """The generation stage."""
+
+    prompt: str = "\n"
+    max_new_tokens: int = Field(default=300, gt=0)
+    temperature: float = Field(default=0.8, ge=0)
+    """0 is greedy."""
+    top_k: int | None = Field(default=None, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """1.0 means no cut."""
+    seed: int = 0
+    stop: list[str] = Field(default=[])
+
+
+class ExplainConfig(StrictModel):
+    """The explain stage: where the spikes are, measured on text of the evaluation split."""
+
+    tokens: int = Field(default=2048, gt=0)
+
+
+class CompareConfig(StrictModel):
+    """The comparison stage: the same recipe with a few values changed, each variant a run of its own inside the run."""
+
+    variants: dict[str, dict[str, Any]] = Field(min_length=1)
+    """Name -> ``{path.to.field: value}``, as with ``--set``."""
+    spikes: bool = False
+    """Also give every variant this run's weights and say whether its spikes are the same, and how fast it is."""
+
+    @field_validator("variants")
+    @classmethod
+    def _safe_names(cls, variants: dict[str, Any]) -> dict[str, Any]:
+        for name in variants:
+            if not SAFE_PART.fullmatch(name):
+                raise ValueError(f"{name!r} becomes a folder: use letters, digits and . _ -")
+        return variants
+
+
+class ReportConfig(StrictModel):
+    """The report stage: one self-contained HTML file."""
+
+    raster_tokens: int = Field(default=200, gt=0)
+    """Tokens shown in the spike raster."""
