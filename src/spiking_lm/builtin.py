@@ -74,7 +74,11 @@ def spiking_lm_neurons(register: Register) -> None:
 @hookimpl
 def spiking_lm_kernels(register: Register) -> None:
     """Register the definition of every op and its fast form in plain PyTorch."""
-    for op, summary in (("lif_scan", "leaky integrate-and-fire over time"), ("wkv", "the RWKV-4 recurrence over time")):
+    for op, module, summary, how in (
+        ("lif_scan", "torch_fast", "leaky integrate-and-fire over time", "chunked, one or two operations per step"),
+        ("wkv", "torch_fast", "the RWKV-4 recurrence over time", "chunked, one or two operations per step"),
+        ("egru_scan", "torch_egru", "event-based gated recurrent units over time", "one product per step"),
+    ):
         register(
             KernelSpec(
                 name=f"{op}/reference",
@@ -85,9 +89,9 @@ def spiking_lm_kernels(register: Register) -> None:
         register(
             KernelSpec(
                 name=f"{op}/torch",
-                summary=f"{summary}: chunked, one or two operations per step",
-                implementation=f"spiking_lm.kernels.torch_fast:{op}",
-                supports=f"spiking_lm.kernels.torch_fast:supports_{op}",
+                summary=f"{summary}: {how}",
+                implementation=f"spiking_lm.kernels.{module}:{op}",
+                supports=f"spiking_lm.kernels.{module}:supports_{op}",
                 priority=10,
             )
         )

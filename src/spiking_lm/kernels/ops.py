@@ -112,3 +112,77 @@ def wkv(
             )
     y, state = call("wkv", time_decay, time_first, k, v, state)
     return y, state
+
+
+def egru_scan(
+    a: Tensor,
+    recurrent_kernel: Tensor,
+    recurrent_bias: Tensor,
+    threshold: Tensor,
+    c0: Tensor | None = None,
+    y0: Tensor | None = None,
+    *,
+    gamma: float,
+    epsilon: float,
+    keep: Tensor | None = None,
+    zoneout: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run event-based gated recurrent units over time: ``a (T, B, 3H)`` -> ``(y, c, o)``, each ``(T, B, H)``.
+
+    ``a`` is the projected input, in blocks z, r, g. With ``q = y_{t-1} recurrent_kernel + recurrent_bias``, per step::
+
+        z = sigmoid(a_z + q_z)      r = sigmoid(a_r + q_r)      g = tanh(a_g + r q_g)
+        p = z c_{t-1} + (1 - z) g
+        o_t = [p > threshold]       y_t = o_t p                 c_t = p - o_t threshold
+
+    ``recurrent_kernel`` is (H, 3H), ``recurrent_bias`` (3H,), ``threshold`` (H,); ``c0`` and ``y0``, (B, H), are the
+    state before the first step (None: zeros). ``keep (T, B, H)`` is the zoneout mask of training: where it is 0, p
+    stays ``c_{t-1}``. ``zoneout`` is its expectation, for evaluation: p is mixed with that share of ``c_{t-1}``.
+    Gradients reach every tensor but ``keep``, from all three outputs and through the reset;
+    ``do/dp = gamma max(0, 1 - epsilon |p - threshold|)``. State and outputs are float32, or float64 if an input is,
+    also under autocast. Any strides will do. Source: Subramoney et al., arXiv 2206.06178.
+    """
+    floats = (a, recurrent_kernel, recurrent_bias, threshold)
+    if a.dim() != 3 or not all(t.dtype.is_floating_point for t in floats):
+        raise UsageError(
+            f"egru_scan: a must be a floating-point tensor (T, B, 3H) and the parameters floating-point too, not "
+            f"{tuple(a.shape)} and {', '.join(str(t.dtype) for t in floats)}"
+        )
+    batch, hidden = a.shape[1], threshold.numel()
+    expected = {
+        "a": (a, (*a.shape[:2], 3 * hidden)),
+        "recurrent_kernel": (recurrent_kernel, (hidden, 3 * hidden)),
+        "recurrent_bias": (recurrent_bias, (3 * hidden,)),
+        "threshold": (threshold, (hidden,)),
+        "c0": (c0, (batch, hidden)),
+        "y0": (y0, (batch, hidden)),
+        "keep": (keep, (*a.shape[:2], hidden)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tensor.shape != shape:
+            raise UsageError(
+                f"egru_scan: {name} has shape {tuple(tensor.shape)}, not {shape}, with {hidden} thresholds and a of "
+                f"shape {tuple(a.shape)}",
+                hint="time is the first dimension of a; the gates are blocks of the last one, in the order z, r, g",
+            )
+    if not (gamma >= 0 and epsilon > 0 and 0 <= zoneout < 1):
+        raise UsageError(
+            f"egru_scan: gamma must be at least 0, epsilon above 0 and zoneout in [0, 1), not {gamma}, {epsilon} and "
+            f"{zoneout}"
+        )
+    if keep is not None and zoneout:
+        raise UsageError("egru_scan: keep is the zoneout of training, zoneout that of evaluation; give one of them")
+    y, c, o = call(
+        "egru_scan",
+        a,
+        recurrent_kernel,
+        recurrent_bias,
+        threshold,
+        c0,
+        y0,
+        gamma=gamma,
+        epsilon=epsilon,
+        keep=keep,
+        zoneout=zoneout,
+    )
+    return y, c, o

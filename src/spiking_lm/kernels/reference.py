@@ -135,3 +135,60 @@ def empty_wkv_state(k: Tensor, dtype: torch.dtype) -> WKVState:
     """Return the state before the first token for ``k (B, T, C)``: nothing summed, the smallest exponent."""
     zeros = k.new_zeros((k.shape[0], k.shape[2]), dtype=dtype)
     return zeros, zeros, torch.full_like(zeros, -1e38)
+
+
+class _Event(torch.autograd.Function):
+    """The strict step function of v = p - threshold, with EGRU's scaled triangle as its derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, gamma: float, epsilon: float) -> Tensor:
+        ctx.save_for_backward(v)
+        ctx.gamma, ctx.epsilon = gamma, epsilon
+        return (v > 0).to(v.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (v,) = ctx.saved_tensors
+        return grads[0] * ctx.gamma * (1 - ctx.epsilon * v.abs()).clamp(min=0), None, None
+
+
+def egru_scan(
+    a: Tensor,
+    recurrent_kernel: Tensor,
+    recurrent_bias: Tensor,
+    threshold: Tensor,
+    c0: Tensor | None = None,
+    y0: Tensor | None = None,
+    *,
+    gamma: float,
+    epsilon: float,
+    keep: Tensor | None = None,
+    zoneout: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run event-based gated recurrent units over time; see :func:`spiking_lm.kernels.egru_scan`."""
+    dtype = compute_dtype(a, recurrent_kernel, recurrent_bias, threshold, c0, y0)
+    kernel, bias, theta = (t.to(dtype) for t in (recurrent_kernel, recurrent_bias, threshold))
+    rest = a.new_zeros((a.shape[1], theta.numel()), dtype=dtype)
+    c = rest if c0 is None else c0.to(dtype)
+    y = rest if y0 is None else y0.to(dtype)
+    ys, cs, os = [], [], []
+    with torch.autocast(a.device.type, enabled=False):
+        for t, a_t in enumerate(a.to(dtype).unbind(0)):
+            a_z, a_r, a_g = a_t.chunk(3, -1)
+            q_z, q_r, q_g = (y @ kernel + bias).chunk(3, -1)
+            z, r = torch.sigmoid(a_z + q_z), torch.sigmoid(a_r + q_r)
+            g = torch.tanh(a_g + r * q_g)
+            p = z * c + (1 - z) * g
+            if keep is not None:
+                p = c + keep[t].to(dtype) * (p - c)
+            elif zoneout:
+                p = zoneout * c + (1 - zoneout) * p
+            o = _Event.apply(p - theta, gamma, epsilon)
+            y = o * p
+            c = p - o * theta
+            ys.append(y)
+            cs.append(c)
+            os.append(o)
+    empty = rest.new_empty((0, *rest.shape))
+    y, c, o = (torch.stack(steps) if steps else empty.clone() for steps in (ys, cs, os))
+    return y, c, o

@@ -1,0 +1,71 @@
+"""Products with few active inputs: only the weight rows of active sources are read.
+
+Weights are kept with one row per source, ``(N, M)``, so that an active source is one contiguous read. It pays for
+single streams, where a product is bound by reading its weights; with many rows at once dense products win.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+GEMM_RATE = 60e9
+"""Floating-point operations per second of a dense product, per thread."""
+STREAM_RATE = 20e9
+"""Bytes per second of weights read from end to end."""
+GATHER_RATE = 15e9
+"""Bytes per second of weights read row by row."""
+OVERHEAD = 5e-6
+"""Seconds that an event product takes beside its reads: to list the active sources and to call the gather."""
+
+
+def cheaper_product(rows: int, sources: int, targets: int, active: int, itemsize: int = 4) -> Literal["dense", "event"]:
+    """Return which product costs less, ``(rows, sources) x (sources, targets)`` with ``active`` nonzero inputs.
+
+    Dense: ``2 rows sources targets`` operations at ``GEMM_RATE``, but never less than reading all weights once.
+    Event: ``active`` rows of weights at ``GATHER_RATE``, and ``OVERHEAD``. ``itemsize`` is in bytes per weight.
+    """
+    weights = sources * targets * itemsize
+    dense = max(2 * rows * sources * targets / GEMM_RATE, weights / STREAM_RATE)
+    event = active * targets * itemsize / GATHER_RATE + OVERHEAD
+    return "event" if event < dense else "dense"
+
+
+def event_linear(x: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return ``x (B, N) @ weight_t (N, M) + bias`` from the rows of ``weight_t`` whose source is not zero.
+
+    Equal to the dense product up to rounding; a row of ``x`` without any event gives the bias. ``x`` gets no gradient.
+    """
+    return _gather(x, x.nonzero(), weight_t, bias)
+
+
+def linear(x: Tensor, weight_t: Tensor, bias: Tensor) -> Tensor:
+    """Return ``x (B, N) @ weight_t (N, M) + bias`` by whichever product is cheaper for these values.
+
+    Where gradients are recorded, on devices other than the CPU, and in half precision it is the dense one.
+    """
+    rows, (sources, targets), size = x.shape[0], weight_t.shape, weight_t.element_size()
+    if (
+        size >= 4
+        and x.dtype == weight_t.dtype
+        and x.device.type == "cpu"
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight_t.requires_grad or bias.requires_grad))
+        and not torch.is_autocast_enabled("cpu")
+        and cheaper_product(rows, sources, targets, 0, size) == "event"  # else it is not worth looking
+    ):
+        active = x.nonzero()
+        if cheaper_product(rows, sources, targets, active.shape[0], size) == "event":
+            return _gather(x, active, weight_t, bias)
+    return torch.addmm(bias, x, weight_t)
+
+
+def _gather(x: Tensor, active: Tensor, weight_t: Tensor, bias: Tensor | None) -> Tensor:
+    rows, sources = active.unbind(1)
+    values = x[rows, sources].detach().to(weight_t.dtype)
+    # A bag per row of x begins where the earlier rows end; an empty bag sums to zero.
+    starts = torch.searchsorted(rows.contiguous(), torch.arange(x.shape[0], device=x.device))
+    y = F.embedding_bag(sources.contiguous(), weight_t, starts, mode="sum", per_sample_weights=values)
+    return y if bias is None else y + bias

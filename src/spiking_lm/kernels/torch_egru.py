@@ -1,0 +1,187 @@
+"""The fast form of ``egru_scan`` in plain PyTorch: one product and a few small operations per time step.
+
+With p the state before the reset, y and c after it, s the surrogate at p - threshold and capital letters for total
+gradients, the reverse step is::
+
+    dP_t = (o + s p) dY_t + (1 - s threshold) dC_t + s do_t
+    dQ_t = (k_z, k_r, k_q) dP_t        dY_{t-1} += dQ_t R^T        dC_{t-1} += k_c dP_t
+
+where all that multiplies a gradient is known before the loop, for all steps at once. The gradients of weights, biases
+and thresholds are one product or sum each after the loop.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from spiking_lm.kernels.events import linear
+from spiking_lm.kernels.reference import compute_dtype
+
+_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+
+
+def supports_egru_scan(a: Tensor, *_: Any, **__: Any) -> bool | str:
+    """Say whether :func:`egru_scan` takes these inputs, or why not."""
+    return a.dtype in _DTYPES or f"{a.dtype} is not one of float16, bfloat16, float32, float64"
+
+
+def egru_scan(
+    a: Tensor,
+    recurrent_kernel: Tensor,
+    recurrent_bias: Tensor,
+    threshold: Tensor,
+    c0: Tensor | None = None,
+    y0: Tensor | None = None,
+    *,
+    gamma: float,
+    epsilon: float,
+    keep: Tensor | None = None,
+    zoneout: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run event-based gated recurrent units over time; see :func:`spiking_lm.kernels.egru_scan`."""
+    dtype = compute_dtype(a, recurrent_kernel, recurrent_bias, threshold, c0, y0)
+    a, kernel, bias, theta = (t.to(dtype) for t in (a, recurrent_kernel, recurrent_bias, threshold))
+    rest = a.new_zeros((a.shape[1], theta.numel()))
+    c0 = rest if c0 is None else c0.to(dtype)
+    y0 = rest if y0 is None else y0.to(dtype)
+    keep = None if keep is None else keep.to(dtype)
+    inputs = (a, kernel, bias, theta, c0, y0)
+    with torch.autocast(a.device.type, enabled=False):
+        if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+            y, c, o = _EGRUScan.apply(*inputs, keep, zoneout, gamma, epsilon)
+            return y, c, o
+        return _forward_only(*inputs, keep, zoneout)
+
+
+def _forward_only(
+    a: Tensor,
+    kernel: Tensor,
+    bias: Tensor,
+    theta: Tensor,
+    c: Tensor,
+    y: Tensor,
+    keep: Tensor | None,
+    zoneout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keep nothing but the outputs; a recurrent product reads only the rows of active units where that is cheaper."""
+    n_steps, hidden = a.shape[0], theta.numel()
+    outputs = tuple(a.new_empty((n_steps, *c.shape)) for _ in range(3))
+    for t, (a_t, y_t, c_t, o_t) in enumerate(zip(a.unbind(0), *(x.unbind(0) for x in outputs), strict=True)):
+        q = linear(y, kernel, bias)
+        z_r, q_g = q[:, : 2 * hidden], q[:, 2 * hidden :]
+        z_r.add_(a_t[:, : 2 * hidden]).sigmoid_()
+        g = torch.addcmul(a_t[:, 2 * hidden :], z_r[:, hidden:], q_g).tanh_()
+        p = torch.lerp(g, c, z_r[:, :hidden], out=g)
+        if keep is not None:
+            torch.lerp(c, p, keep[t], out=p)
+        elif zoneout:
+            p.lerp_(c, zoneout)
+        torch.gt(p, theta, out=o_t)
+        torch.mul(p, o_t, out=y_t)
+        torch.addcmul(p, o_t, theta, value=-1, out=c_t)
+        y, c = y_t, c_t
+    y, c, o = outputs
+    return y, c, o
+
+
+class _EGRUScan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        a: Tensor,
+        kernel: Tensor,
+        bias: Tensor,
+        theta: Tensor,
+        c0: Tensor,
+        y0: Tensor,
+        keep: Tensor | None,
+        zoneout: float,
+        gamma: float,
+        epsilon: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        n_steps, batch, _ = a.shape
+        hidden = theta.numel()
+        # z, r and q_g; the product of a step is added to what is known beforehand.
+        gates = a.new_empty((n_steps, batch, 3 * hidden))
+        torch.add(a[..., : 2 * hidden], bias[: 2 * hidden], out=gates[..., : 2 * hidden])
+        gates[..., 2 * hidden :] = bias[2 * hidden :]
+        g, p, y, c, o = (a.new_empty((n_steps, batch, hidden)) for _ in range(5))
+        z_r, q_g, a_g = gates[..., : 2 * hidden], gates[..., 2 * hidden :], a[..., 2 * hidden :]
+        z, r = z_r.chunk(2, -1)
+        steps = (x.unbind(0) for x in (gates, z_r, z, r, q_g, a_g, g, p, y, c, o))
+        y_last, c_last = y0, c0
+        for t, (gates_t, z_r_t, z_t, r_t, q_t, a_t, g_t, p_t, y_t, c_t, o_t) in enumerate(zip(*steps, strict=True)):
+            gates_t.addmm_(y_last, kernel)
+            z_r_t.sigmoid_()
+            torch.addcmul(a_t, r_t, q_t, out=g_t).tanh_()
+            torch.lerp(g_t, c_last, z_t, out=p_t)
+            if keep is not None:
+                torch.lerp(c_last, p_t, keep[t], out=p_t)
+            elif zoneout:
+                p_t.lerp_(c_last, zoneout)
+            torch.gt(p_t, theta, out=o_t)
+            torch.mul(p_t, o_t, out=y_t)
+            torch.addcmul(p_t, o_t, theta, value=-1, out=c_t)
+            y_last, c_last = y_t, c_t
+        ctx.save_for_backward(kernel, theta, c0, y0, keep, gates, g, p, y, c)
+        ctx.options = zoneout, gamma, epsilon
+        ctx.set_materialize_grads(False)
+        return y, c, o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        dy, dc, do = grads
+        kernel, theta, c0, y0, keep, gates, g, p, y, c = ctx.saved_tensors
+        zoneout, gamma, epsilon = ctx.options
+        n_steps, batch, hidden = p.shape
+        # Total gradients of y and c; those of the initial state come first.
+        gy, gc = (p.new_empty((n_steps + 1, batch, hidden)) for _ in range(2))
+        for total, given in ((gy, dy), (gc, dc)):
+            total[0] = 0
+            total[1:] = 0 if given is None else given
+
+        v = p - theta
+        fires = v > 0
+        slope = v.abs_().mul_(-gamma * epsilon).add_(gamma).clamp_(min=0)
+        dp_dc = torch.mul(slope, theta).neg_().add_(1)
+        dp_dy = torch.mul(slope, p).add_(fires)
+        gp = torch.zeros_like(p) if do is None else slope.mul_(do)
+
+        z, r, q_g = gates.chunk(3, -1)
+        updates = 1 - z
+        if keep is not None:
+            updates.mul_(keep)
+        elif zoneout:
+            updates.mul_(1 - zoneout)
+        carries = 1 - updates
+        into_g = torch.mul(g, g).neg_().add_(1).mul_(updates)
+        gq = torch.empty_like(gates)
+        k_z, k_r, k_q = gq.chunk(3, -1)
+        torch.sub(c0, g[:1], out=k_z[:1])
+        torch.sub(c[:-1], g[1:], out=k_z[1:])
+        k_z.mul_(z).mul_(updates)
+        torch.mul(into_g, r, out=k_q)
+        torch.mul(k_q, q_g, out=k_r).mul_(1 - r)
+
+        transposed = kernel.t()
+        three = gq.view(n_steps, batch, 3, hidden).unbind(0)
+        gys, gcs = gy.unbind(0), gc.unbind(0)
+        gqs, gps, dcs, dys, carried = (x.unbind(0) for x in (gq, gp, dp_dc, dp_dy, carries))
+        for t in reversed(range(n_steps)):
+            gp_t = gps[t].addcmul_(dys[t], gys[t + 1]).addcmul_(dcs[t], gcs[t + 1])
+            three[t].mul_(gp_t.unsqueeze(1))
+            gys[t].addmm_(gqs[t], transposed)
+            gcs[t].addcmul_(carried[t], gp_t)
+
+        ga = gq.clone()
+        torch.mul(into_g, gp, out=ga[..., 2 * hidden :])
+        g_kernel = y0.t() @ gq[0] if n_steps else torch.zeros_like(kernel)
+        if n_steps > 1:
+            g_kernel.addmm_(y[:-1].flatten(0, 1).t(), gq[1:].flatten(0, 1))
+        g_theta = torch.where(fires, gy[1:], gc[1:]).sub_(gp).sum((0, 1))
+        return ga, g_kernel, gq.sum((0, 1)), g_theta, gc[0], gy[0], None, None, None, None
