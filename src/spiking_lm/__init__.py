@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from spiking_lm.accounting import explain
     from spiking_lm.checkpoints import load_model, save_model
     from spiking_lm.generation import generate
+    from spiking_lm.hardware import load_program, lower
     from spiking_lm.models import create_model, create_neuron, export_reference, import_reference
     from spiking_lm.recipe import recipes
     from spiking_lm.registry import plugins
@@ -32,6 +33,8 @@ _HOMES = {
     "export_reference": "models",
     "save_model": "checkpoints",
     "load_model": "checkpoints",
+    "load_program": "hardware",
+    "lower": "hardware",
     "generate": "generation",
     "explain": "accounting",
     "plugins": "registry",
@@ -51,6 +54,8 @@ __all__ = [
     "import_reference",
     "kernels",
     "load_model",
+    "load_program",
+    "lower",
     "plugins",
     "recipes",
     "run_recipe",

@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,8 +27,9 @@ import spiking_lm
 from spiking_lm import registry
 from spiking_lm.config import StrictModel, parse_config
 from spiking_lm.errors import CheckpointError, ConfigError, PluginError, UnknownNameError, UsageError
-from spiking_lm.files import atomic_folder, atomic_write, remove, sha256_file
+from spiking_lm.files import atomic_write, remove
 from spiking_lm.interfaces import SpikingLanguageModel
+from spiking_lm.sealed import COMPLETE, SUMS, find_problems, naming_folder, new_folder, verify_folder
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +38,8 @@ CONFIG_VERSION = 1
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
 TRAINER_TENSORS, TRAINER_STATE = "trainer.safetensors", "trainer.json"
-SUMS, COMPLETE = "SHA256SUMS", "COMPLETE"
 _OURS = {WEIGHTS, CONFIG, TOKENIZER, TRAINER_TENSORS, TRAINER_STATE, SUMS, COMPLETE}
 
-_SUM_LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9_][A-Za-z0-9_.\-]*)")
 _STEP = re.compile(r"step-(\d{6,})")
 
 
@@ -79,7 +77,7 @@ def save_model(
     Raises: UsageError when ``path`` holds other things, CheckpointError when the disk refuses; nothing changes then.
     """
     folder = Path(path)
-    with _new_folder(folder) as temporary:
+    with new_folder(folder, ours=_OURS) as temporary:
         _write_model(temporary, model, tokenizer)
     return folder
 
@@ -114,13 +112,13 @@ def save_checkpoint(
     """
     run_dir = Path(run_dir)
     folder = run_dir / "checkpoints" / f"step-{step:06d}"
-    with _new_folder(folder) as temporary:
+    with new_folder(folder, ours=_OURS) as temporary:
         tensors: dict[str, Tensor] = {}
         state = {"version": 1, "step": step, "state": _pack(trainer_state, tensors, "")}
         save_file(_own_memory(tensors), temporary / TRAINER_TENSORS)
         (temporary / TRAINER_STATE).write_text(json.dumps(state, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         _write_model(temporary, model, tokenizer)
-    with _naming(folder):
+    with naming_folder(folder):
         atomic_write(run_dir / "latest", f"checkpoints/{folder.name}\n")
         others = [path for path in _complete(run_dir) if path.name != folder.name]
         for old in others[max(keep, 1) - 1 :]:
@@ -131,7 +129,7 @@ def save_checkpoint(
 def latest_checkpoint(run_dir: str | os.PathLike[str]) -> Path | None:
     """Return the newest checkpoint of a run that is complete and verifies, or None; bad ones are logged."""
     for path in _complete(Path(run_dir)):
-        if problems := _problems(path):
+        if problems := find_problems(path):
             log.warning("passed over the checkpoint %s: %s", path, "; ".join(problems))
         else:
             return path
@@ -194,91 +192,7 @@ def resolve_model(path: str | os.PathLike[str]) -> Path:
     )
 
 
-def verify_folder(path: str | os.PathLike[str]) -> None:
-    """Check a model or checkpoint folder against its hashes.
-
-    Raises: CheckpointError naming every file that is altered, cut short, missing, not listed, or not a plain file.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder")
-    problems = _problems(folder)
-    if problems:
-        raise CheckpointError(
-            f"{folder}: " + "; ".join(problems),
-            hint="restore what is named from a copy, or use another checkpoint of the run",
-        )
-
-
 # --------------------------------------------------------------------------------------------------------- folders
-
-
-@contextlib.contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder that becomes ``folder``, sealed, at the end; only a model of ours is ever replaced."""
-    if folder.is_dir() and (strange := sorted(set(os.listdir(folder)) - _OURS)):
-        raise UsageError(
-            f"{folder} holds other things than a model ({', '.join(strange[:3])})", hint="choose another folder"
-        )
-    with _naming(folder), atomic_folder(folder, replace=True) as temporary:
-        yield temporary
-        _seal(temporary)
-
-
-@contextlib.contextmanager
-def _naming(folder: Path) -> Iterator[None]:
-    """Turn a refusal of the file system into an error that says which folder and what has become of the old content."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder}: cannot be written: {error}",
-            hint="what was saved before is untouched; check free space and permissions, then run again",
-        ) from error
-
-
-def _seal(folder: Path) -> None:
-    """Write the hashes of all files, then ``COMPLETE`` with the hash of the hashes."""
-    names = sorted(os.listdir(folder))
-    (folder / SUMS).write_bytes("".join(f"{sha256_file(folder / name)}  {name}\n" for name in names).encode())
-    (folder / COMPLETE).write_bytes(f"{sha256_file(folder / SUMS)}  {SUMS}\n".encode())
-    for name in names:  # safetensors makes its files readable by their owner alone
-        shutil.copymode(folder / COMPLETE, folder / name)
-
-
-def _problems(folder: Path) -> list[str]:
-    entries = {entry.name: entry for entry in os.scandir(folder)}
-    for name, entry in entries.items():
-        if not entry.is_file(follow_symlinks=False):  # before anything is opened: a link may lead anywhere
-            what = "a link" if entry.is_symlink() else "a folder" if entry.is_dir() else "no plain file"
-            return [f"{name} is {what}, which a model folder never holds"]
-    if COMPLETE not in entries:
-        return [f"incomplete: {COMPLETE} is missing"]
-    if SUMS not in entries:
-        return [f"{SUMS} is missing"]
-
-    listed = _parse_sums(folder / SUMS)
-    problems = [] if listed else [f"{SUMS} is not what was saved"]
-    for name, digest in (listed or {}).items():
-        if name not in entries:
-            problems.append(f"{name} is missing")
-        elif sha256_file(folder / name) != digest:
-            problems.append(f"{name} is not what was saved (its SHA-256 differs)")
-    extra = sorted(entries.keys() - (listed or entries).keys() - {SUMS, COMPLETE})
-    problems += [f"{name} is not listed in {SUMS}" for name in extra]
-    if _parse_sums(folder / COMPLETE) != {SUMS: sha256_file(folder / SUMS)}:
-        # Where every file fits SHA256SUMS it is COMPLETE that was altered: a change to SHA256SUMS unfits some file.
-        return [f"{SUMS if problems else COMPLETE} is not what was saved"]
-    return problems
-
-
-def _parse_sums(path: Path) -> dict[str, str] | None:
-    """Read a file in the format of ``sha256sum``; None unless every byte of it is as we write it."""
-    content = path.read_bytes().decode("utf-8", "replace")
-    matches = [_SUM_LINE.fullmatch(line) for line in content.split("\n")[:-1]]
-    sums = {match[2]: match[1] for match in matches if match}
-    whole = content.endswith("\n") and all(matches) and len(sums) == len(matches)
-    return sums if whole else None
 
 
 def _complete(run_dir: Path) -> list[Path]:

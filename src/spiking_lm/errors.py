@@ -12,6 +12,7 @@
     ├── DataError                    4   a data file is missing or malformed
     │   └── CheckpointError              a checkpoint is missing, incomplete or corrupt
     ├── KernelUnavailableError       1   a kernel asked for by name cannot run here
+    ├── LoweringError                1   a model, or one op of it, cannot be placed on the hardware asked for
     ├── DivergedError                1   the loss or a gradient is no longer finite
     └── InterruptedRunError        130   Ctrl-C; the run can be resumed
 
@@ -88,6 +89,10 @@ class CheckpointError(DataError):
 
 class KernelUnavailableError(SpikingLMError):
     """A kernel implementation asked for by name cannot run; the message says why."""
+
+
+class LoweringError(SpikingLMError):
+    """A model, or one op of it, cannot be placed on the hardware asked for; the message names the op and the reason."""
 
 
 class DivergedError(SpikingLMError):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,28 +20,44 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from spiking_lm import registry
+from spiking_lm import __version__, registry
 from spiking_lm.config import parse_config
-from spiking_lm.errors import CheckpointError, DataError, SpikingLMError
-from spiking_lm.files import atomic_folder
-from spiking_lm.sealed import seal_folder, verify_folder
+from spiking_lm.errors import CheckpointError, DataError, LoweringError, PluginError, UnknownNameError, UsageError
+from spiking_lm.sealed import COMPLETE, SUMS, listed_files, new_folder, verify_folder
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from spiking_lm.interfaces import SpikingLanguageModel
 
+__all__ = [
+    "PROGRAM_FORMAT",
+    "Constant",
+    "Figure",
+    "Grade",
+    "LoweringError",
+    "PlacedOp",
+    "Program",
+    "ProgramReport",
+    "ProgramResult",
+    "RunsOn",
+    "load_program",
+    "lower",
+    "score",
+]
+
 PROGRAM_FORMAT = 1
+"""Version of ``program.json``; a folder with a newer one is refused."""
+
+PROGRAM, WEIGHTS = "program.json", "weights.safetensors"
+
+_FURTHER_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 
 RunsOn = Literal["neuromorphic", "embedded-core", "host"]
 """neuromorphic: neurons and event-driven synapses; embedded-core: a processor of the chip; host: the machine beside."""
 
 Grade = Literal["measured", "simulated", "derived", "assumed"]
 """How far a number can be trusted: on the chip; by a simulator; computed from measured ones; a guess that says so."""
-
-
-class LoweringError(SpikingLMError):
-    """A model, or one op of it, cannot be placed on the hardware asked for; the message names the op and the reason."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +139,10 @@ class Program(ABC):
 
     @abstractmethod
     def run(self, tokens: NDArray[Any], state: Any = None) -> ProgramResult:
-        """Feed one stream of ``tokens (S,)``, going on from ``state``. Raises DataError for ids beyond the vocabulary."""
+        """Feed one stream of ``tokens (S,)``, going on from ``state``.
+
+        Raises: DataError for ids beyond the vocabulary (:meth:`check_tokens`).
+        """
 
     @abstractmethod
     def report(self, result: ProgramResult | None = None) -> ProgramReport:
@@ -138,17 +158,29 @@ class Program(ABC):
         """Rebuild a program. Raises DataError naming what is missing or wrong."""
 
     def save(self, path: str | os.PathLike[str], *, files: Mapping[str, str | bytes] | None = None) -> None:
-        """Write the program's folder atomically, with further ``files`` (name -> content) beside it."""
+        """Write the program's folder atomically, with further ``files`` (name -> content) beside it.
+
+        Raises: UsageError when ``path`` holds other things than a program, CheckpointError when the disk refuses.
+        """
         from safetensors.numpy import save_file
 
+        plugin = registry.get("backends", self.backend).plugin
         record, tensors = self.to_folder()
-        record = {"format": PROGRAM_FORMAT, "backend": self.backend, **record}
-        with atomic_folder(path, replace=True) as folder:
-            (folder / "program.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-            save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, folder / "weights.safetensors")
+        about = {
+            "format": PROGRAM_FORMAT,
+            "spiking_lm": __version__,
+            "backend": self.backend,
+            "distribution": plugin.distribution,
+        }
+        folder = Path(path)
+        with new_folder(folder, ours=_ours(folder), what="program") as temporary:
             for name, content in (files or {}).items():
-                (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
-            seal_folder(folder)
+                if not _FURTHER_FILE.fullmatch(name) or name in (PROGRAM, WEIGHTS, SUMS, COMPLETE):
+                    raise UsageError(f"{name!r} cannot be the name of a file beside a program", hint="use another name")
+                (temporary / name).write_bytes(content.encode() if isinstance(content, str) else content)
+            text = json.dumps({**about, **record}, indent=2, allow_nan=False)
+            (temporary / PROGRAM).write_text(text + "\n", encoding="utf-8")
+            save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, temporary / WEIGHTS)
 
     def check_tokens(self, tokens: NDArray[Any]) -> NDArray[np.int64]:
         """Return ``tokens`` as int64. Raises DataError unless they are one stream of known ids."""
@@ -156,8 +188,9 @@ class Program(ABC):
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise DataError(f"a program takes one stream of whole numbers (S,), not {ids.dtype} {ids.shape}")
         if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size):
+            first, last = int(ids.min()), int(ids.max())
             raise DataError(
-                f"token ids run from {int(ids.min())} to {int(ids.max())}, the program knows 0 to {self.vocab_size - 1}",
+                f"token ids run from {first} to {last}, the program knows 0 to {self.vocab_size - 1}",
                 hint="encode the text with the tokenizer that the model was trained with",
             )
         return ids.astype(np.int64)
@@ -175,29 +208,71 @@ def lower(model: SpikingLanguageModel, backend: str, **options: Any) -> Program:
 
 
 def load_program(path: str | os.PathLike[str], *, verify: bool = True) -> Program:
-    """Load what :meth:`Program.save` wrote, without torch.
+    """Load what :meth:`Program.save` wrote, without torch; ``verify=False`` skips the hashes.
 
-    Raises: CheckpointError naming the file that is missing, cut short or altered, or a format from a newer version.
+    Raises: CheckpointError naming the file that is missing, cut short or altered, or a format from a newer version;
+    PluginError when the plugin that offers the backend is not installed.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    folder = Path(path)
+    folder, where = Path(path), Path(path) / PROGRAM
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such program folder", hint="'spiking-lm lower' writes one")
+        what = "a file, not a program folder" if folder.exists() else "no such program folder"
+        raise CheckpointError(f"{folder}: {what}", hint="'spiking-lm lower' writes one")
+    if not where.exists() and not (folder / WEIGHTS).exists():
+        raise CheckpointError(f"{folder}: not a program folder: no {PROGRAM}", hint="'spiking-lm lower' writes one")
     if verify:
-        verify_folder(folder)
+        verify_folder(folder, what="program", hint=_AGAIN)
     try:
-        record = json.loads((folder / "program.json").read_text(encoding="utf-8"))
-        tensors = load_file(folder / "weights.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} is not a program: {error}", hint="lower the model again") from None
-    if not isinstance(record, dict) or not isinstance(record.get("backend"), str):
-        raise CheckpointError(f"{folder / 'program.json'}: the field 'backend' is missing")
-    if record.get("format") != PROGRAM_FORMAT:
+        record = json.loads(where.read_text(encoding="utf-8"))
+        version, backend = record.get("format"), record.get("backend")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{where}: not readable as a JSON object ({error})", hint=_AGAIN) from None
+    if isinstance(version, int) and version > PROGRAM_FORMAT:
         raise CheckpointError(
-            f"{folder / 'program.json'}: format {record.get('format')!r}, this version reads {PROGRAM_FORMAT}",
-            hint="update spiking-lm, or lower the model again",
+            f"{where}: written in format {version} by spiking-lm {record.get('spiking_lm', '?')}; "
+            f"this is {__version__}, which reads up to format {PROGRAM_FORMAT}",
+            hint="pip install --upgrade spiking-lm",
         )
-    program: Program = registry.get("backends", record["backend"]).load("program").from_folder(record, tensors)
+    if version != PROGRAM_FORMAT or not isinstance(backend, str):
+        raise CheckpointError(f"{where}: the fields 'format' and 'backend' are not what a program has", hint=_AGAIN)
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder / WEIGHTS}: not a readable safetensors file of numpy arrays ({error})", hint=_AGAIN
+        ) from None
+    try:
+        entry = registry.get("backends", backend)
+    except UnknownNameError as error:
+        wanted = record.get("distribution") or "spiking-lm"
+        upgrade = "--upgrade " if wanted == "spiking-lm" else ""
+        raise PluginError(f"{where}: {error.message}", hint=f"pip install {upgrade}{wanted}. {error.hint}") from None
+    try:
+        program: Program = entry.load("program").from_folder(record, tensors)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise CheckpointError(
+            f"{folder}: not a program of the backend {backend!r} ({type(error).__name__}: {error})", hint=_AGAIN
+        ) from error
     return program
+
+
+def score(result: ProgramResult, tokens: NDArray[Any]) -> NDArray[np.float64]:
+    """Return the negative log-likelihood (nats) of ``tokens[1:]`` by the logits of a run on ``tokens[:-1]``."""
+    logits = result.logits.astype(np.float64)
+    if len(logits) != len(tokens) - 1:
+        raise DataError(f"{len(logits)} tokens were run, so {len(logits) + 1} are scored, not {len(tokens)}")
+    top = logits.max(-1)
+    partition = top + np.log(np.exp(logits - top[:, None]).sum(-1))
+    nll: NDArray[np.float64] = partition - logits[np.arange(len(logits)), np.asarray(tokens[1:], np.int64)]
+    return nll
+
+
+_AGAIN = "restore what is named from a copy, or lower the model again"
+
+
+def _ours(folder: Path) -> set[str]:
+    """Return what may lie in a folder that a program replaces: a program, and what was sealed with it."""
+    sealed_with_it = listed_files(folder) if (folder / PROGRAM).is_file() else set()
+    return {PROGRAM, WEIGHTS, SUMS, COMPLETE, "tokenizer.json"} | sealed_with_it

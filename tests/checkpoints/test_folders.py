@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import spiking_lm
-from spiking_lm import checkpoints, registry
+from spiking_lm import registry, sealed
 from spiking_lm.checkpoints import (
     load_checkpoint,
     load_model,
@@ -193,7 +193,7 @@ def reseal(folder: Path) -> None:
     """What an attacker can do: hashes say where a file rots, not who wrote it."""
     for name in ("SHA256SUMS", "COMPLETE"):
         (folder / name).unlink()
-    checkpoints._seal(folder)
+    sealed._seal(folder)
 
 
 class Evil:

@@ -243,3 +243,68 @@ def constants(explanation: Row) -> str:
         f"{explanation['energy_constants']['mac_pj']} pJ per MAC, {explanation['energy_constants']['ac_pj']} pJ per "
         "accumulate (Horowitz, fp32); other operations priced as one MAC each, an upper bound"
     )
+
+
+# --- Programs ---------------------------------------------------------------------------------------------------------
+
+
+def program_tables(report: Row) -> RenderableType:
+    """Return the tables of ``ProgramReport.to_dict()``: figures, placement, constants and warnings."""
+    parts: list[RenderableType] = [
+        Text(f"{report['model']} on {report['backend']}", style="bold"),
+        _figures(report),
+        _placement(report),
+        _constants(report),
+    ]
+    parts += [Text(f"Warning: {warning}", style="yellow") for warning in report["warnings"]]
+    return Group(*(Padding(part, (0, 0, 1, 0)) for part in parts))
+
+
+def placement_rows(report: Row) -> list[dict[str, Any]]:
+    """Return the placed operations, those of many layers that lie in one place and form joined, with their sums."""
+    groups = group_layers(report["placement"], "kind", "runs_on", "where", "format")
+    return [
+        {
+            **group[0],
+            "name": name_of_group(group),
+            "weights": sum(op["weights"] for op in group),
+            "bytes": sum(op["bytes"] for op in group),
+        }
+        for group in groups
+    ]
+
+
+def figure_of(value: float, unit: str) -> str:
+    """Write a figure with its unit; counts without one are written whole."""
+    whole = value == int(value) and abs(value) < 1e9
+    return f"{int(value):,}{unit and ' '}{unit}" if whole else f"{value:.4g}{unit and ' '}{unit}"
+
+
+def _figures(report: Row) -> Table:
+    table = _table("Figures", "", ">", "grade", "")
+    for figure in report["figures"]:
+        table.add_row(figure["name"], figure_of(figure["value"], figure["unit"]), figure["grade"], figure["note"])
+    return table
+
+
+def _placement(report: Row) -> Table:
+    table = _table("Placement", "operation", "kind", "runs on", "where", "format", ">weights", ">memory")
+    for op in placement_rows(report):
+        table.add_row(
+            op["name"],
+            op["kind"],
+            op["runs_on"],
+            op["where"],
+            op["format"],
+            count(op["weights"]) if op["weights"] else "",
+            bytes_of(op["bytes"]) if op["bytes"] else "",
+        )
+    return table
+
+
+def _constants(report: Row) -> Table:
+    table = _table("Constants", "", ">", "grade", "source")
+    for constant in report["constants"]:
+        value = figure_of(constant["value"], constant["unit"])
+        table.add_row(constant["name"], value, constant["grade"], constant["source"])
+    return table
