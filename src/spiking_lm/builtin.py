@@ -41,18 +41,19 @@ def spiking_lm_datasets(register: Register) -> None:
 
 @hookimpl
 def spiking_lm_tokenizers(register: Register) -> None:
-    """Register bytes, characters, trained byte-pair encoding and Hugging Face files."""
+    """Register bytes, characters, words, trained byte-pair encoding and Hugging Face files."""
     for name, config, factory, summary in (
-        ("byte", "ByteConfig", "ByteTokenizer", "one token per UTF-8 byte"),
-        ("char", "CharConfig", "CharTokenizer", "one token per character of the training text"),
-        ("bpe", "BPEConfig", "train_bpe", "byte-level BPE, trained on the training text"),
-        ("file", "FileConfig", "read_tokenizer_file", "any Hugging Face tokenizer.json"),
+        ("byte", "ByteConfig", "tokenizers:ByteTokenizer", "one token per UTF-8 byte"),
+        ("char", "CharConfig", "tokenizers:CharTokenizer", "one token per character of the training text"),
+        ("word", "WordConfig", "words:WordTokenizer", "one token per word of the training text"),
+        ("bpe", "BPEConfig", "tokenizers:train_bpe", "byte-level BPE, trained on the training text"),
+        ("file", "FileConfig", "tokenizers:read_tokenizer_file", "any Hugging Face tokenizer.json"),
     ):
         register(
             TokenizerSpec(
                 name=name,
                 config=f"spiking_lm.data.configs:{config}",
-                factory=f"spiking_lm.data.tokenizers:{factory}",
+                factory=f"spiking_lm.data.{factory}",
                 summary=summary,
             )
         )

@@ -87,7 +87,10 @@ class SpikingLanguageModel(nn.Module, ABC):
         raise UsageError(f"{type(self).__name__} has no reference state-dict format", hint="use save_model")
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Return optimizer groups: matrices decay, vectors (norms, mixes, decays, thresholds) do not."""
+        """Return optimizer groups: matrices decay, vectors (norms, mixes, decays, thresholds) do not.
+
+        A group may have ``lr_scale``: its learning rate as a multiple of everything else's; 0 freezes it.
+        """
         trainable = [p for p in self.parameters() if p.requires_grad]
         matrices = [p for p in trainable if p.squeeze().ndim >= 2]
         vectors = [p for p in trainable if p.squeeze().ndim < 2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from spiking_lm.config import StrictModel
 
@@ -36,6 +36,8 @@ class ScheduleConfig(StrictModel):
     """Share of the peak that is left at the last step (cosine, wsd)."""
     decay: float = Field(default=0.2, gt=0, le=1)
     """wsd only: share of the run that the final decay takes."""
+    shape: Literal["linear", "cosine"] = "linear"
+    """wsd only: the curve of the final decay."""
 
 
 class TrainConfig(StrictModel):
@@ -47,6 +49,11 @@ class TrainConfig(StrictModel):
     accumulate: int = Field(default=1, gt=0)
     """Micro-batches per optimizer step."""
     seq_len: int = Field(default=128, gt=0)
+    sampling: Literal["random", "stream"] = "random"
+    """random: sequences from anywhere, each from a fresh state. stream: the text in ``batch_size`` columns, read from
+    top to bottom in windows of ``seq_len``, the state carried from window to window (truncated backpropagation)."""
+    jitter: bool = False
+    """stream only: windows of random length around ``seq_len`` (Merity et al., arXiv 1708.02182)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs matrix products in bfloat16 under autocast; weights, states and norms stay fp32."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -63,6 +70,12 @@ class TrainConfig(StrictModel):
     log_every: int = Field(default=10, gt=0)
     threads: int | None = Field(default=None, gt=0)
     """CPU threads for torch; None leaves torch's choice."""
+
+    @model_validator(mode="after")
+    def _jitter_needs_a_stream(self) -> TrainConfig:
+        if self.jitter and self.sampling != "stream":
+            raise ValueError("jitter is for sampling: stream")
+        return self
 
 
 class PruneConfig(StrictModel):
@@ -93,6 +106,8 @@ class EvaluateConfig(StrictModel):
     batch_size: int = Field(default=8, gt=0)
     max_tokens: int | None = Field(default=None, gt=0)
     """Score only the first so many tokens of the split."""
+    carry_state: bool = False
+    """Read the text in one pass instead, windows one after the other, the state carried; no ``stride``, batch 1."""
     metrics: list[str] | None = None
     """Registry names; None computes every metric that applies."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from spiking_lm import data, registry
-from spiking_lm.data.ngram import ngram_bits
+from spiking_lm.data.ngram import ngram_bits, ngram_perplexities
 
 
 @pytest.fixture
@@ -45,6 +45,12 @@ def test_the_figures_are_those_computed(page: str) -> None:
     for name in ("valid", "test"):
         bits = ngram_bits(austen.train.tokens, getattr(austen, name).tokens, 6)
         assert f"| {name} | " + " | ".join(f"{value:.3f}" for value in bits) + " |" in page
+    tokenizer = {"type": "word", "lowercase": True, "split": "punctuation", "min_count": 3, "eos": False}
+    words = data.load({"type": "austen3", "tokenizer": tokenizer})
+    assert isinstance(words, data.TextData)
+    for name in ("valid", "test"):
+        values = ngram_perplexities(words.train.tokens, getattr(words, name).tokens, 2, vocab_size=4984)
+        assert f"| {name} | " + " | ".join(f"{value:.1f}" for value in values) + " |" in page
 
 
 def test_notice_names_every_embedded_text(root: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from spiking_lm.data import epoch_order, gather, pad_batch, sample_offsets
+from spiking_lm.data.sampling import Stream
 from spiking_lm.errors import DataError
 
 
@@ -73,3 +76,62 @@ def test_pad_batch() -> None:
     assert lengths.tolist() == [2, 0, 1]
     assert pad_batch([np.array([1]), np.array([1, 1])], None)[0].tolist() == [[1, 0], [1, 1]]
     assert pad_batch([], 0)[0].shape == (0, 0)
+
+
+streams = st.fixed_dictionaries(
+    {
+        "n_tokens": st.integers(40, 900),
+        "batch_size": st.integers(1, 5),
+        "seq_len": st.integers(1, 40),
+        "seed": st.integers(0, 5),
+        "jitter": st.booleans(),
+    }
+)
+
+
+def stream(n_tokens: int, batch_size: int, seq_len: int, seed: int, jitter: bool) -> Stream:
+    return Stream(n_tokens, batch_size, min(seq_len, n_tokens // batch_size - 1), seed=seed, jitter=jitter)
+
+
+@given(options=streams)
+def test_a_pass_reads_every_column_once_from_top_to_bottom(options: dict[str, Any]) -> None:
+    subject = stream(**options)
+    column, index = options["n_tokens"] // options["batch_size"], 0
+    for _ in range(2):
+        at = 0
+        while at < column - 1:
+            window = subject.window(index)
+            assert window.first == (at == 0)
+            assert window.offsets.tolist() == [row * column + at for row in range(options["batch_size"])]
+            assert window.length >= 1
+            at, index = at + window.length, index + 1
+        assert at == column - 1, "the last target is the column's last token"
+    assert subject.window(index).first
+
+
+@given(options=streams, index=st.integers(0, 400))
+def test_a_window_depends_on_seed_and_index_alone(options: dict[str, Any], index: int) -> None:
+    walked, asked = stream(**options), stream(**options)
+    for i in range(index):
+        walked.window(i)
+    a, b = walked.window(index), asked.window(index)
+    assert (a.offsets.tolist(), a.length, a.first) == (b.offsets.tolist(), b.length, b.first)
+
+
+def test_jitter_has_the_published_distribution() -> None:
+    subject = Stream(4_000_000, 2, 70, seed=3, jitter=True)
+    lengths = np.array([subject.window(index).length for index in range(20_000)])
+    halved = lengths < 52
+    assert lengths.min() >= 5
+    assert halved.mean() == pytest.approx(0.05, abs=0.01)
+    assert lengths[~halved].mean() == pytest.approx(69.5, abs=0.3), "int() cuts half a token on average"
+    assert lengths[~halved].std() == pytest.approx(5, abs=0.2)
+    assert lengths[halved].mean() == pytest.approx(34.5, abs=1)
+    other = Stream(4_000_000, 2, 70, seed=4, jitter=True)
+    assert [other.window(i).length for i in range(20)] != lengths[:20].tolist()
+
+
+def test_a_column_holds_a_window_and_its_target() -> None:
+    assert Stream(22, 2, 10, seed=0).window(0).length == 10
+    with pytest.raises(DataError, match="2 columns have 10 each, and a window of 10 and one target need 11"):
+        Stream(21, 2, 10, seed=0)

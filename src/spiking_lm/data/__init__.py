@@ -20,6 +20,7 @@ from spiking_lm.data.sets import (
     TokenCorpus,
     TokenSplit,
     joint_hash,
+    splits_to_learn_from,
 )
 from spiking_lm.data.sources import Progress, TextSource
 from spiking_lm.data.tokenfile import open_tokens, tokenize, write_tokens
@@ -97,7 +98,7 @@ def load(
 
 
 def _load_labelled(name: str, corpus: LabelledCorpus, choice: dict[str, Any]) -> LabelledData:
-    texts = (f"{example.text}\n" for example in corpus.train)
+    texts = (f"{example.text}\n" for split in splits_to_learn_from(choice) for example in getattr(corpus, split))
     tokenizer = create_tokenizer(choice, texts, where=f"dataset {name!r}, tokenizer")
     splits = [corpus.train, corpus.valid, corpus.test]
     content = [[[example.label, example.text] for example in split] for split in splits]

@@ -128,3 +128,25 @@ class FileConfig(TokenizerConfig):
     """A tokenizer.json of the Hugging Face ``tokenizers`` library."""
 
     path: Path
+
+
+class WordConfig(TokenizerConfig):
+    """One token per word."""
+
+    lowercase: bool = False
+    split: Literal["whitespace", "punctuation"] = "whitespace"
+    """whitespace: what stands between white space. punctuation: words, and every punctuation mark by itself."""
+    min_count: int = Field(default=1, ge=1)
+    """Words that occur less often become ``<unk>``."""
+    eos: bool = True
+    """Whether a line end is the token ``<eos>``, as in the published figures on PTB and WikiText; else white space."""
+    vocab_from: Literal["train", "all"] = "train"
+    """The text whose words count: training text, or all three texts in the order train, valid, test."""
+    words: list[str] | None = None
+    """The vocabulary, in the order of the ids, ``<unk>`` included; None takes it from the text."""
+
+    @model_validator(mode="after")
+    def _each_word_once(self) -> WordConfig:
+        if self.words is not None and len(set(self.words)) != len(self.words):
+            raise ValueError("words names a word twice")
+        return self

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,10 @@ from numpy.typing import NDArray
 from spiking_lm.data.tokenizers import Tokens
 from spiking_lm.errors import DataError
 
-_SAMPLE, _ORDER = 1, 2  # keep the two kinds of draw apart when their seeds and counters coincide
+_SAMPLE, _ORDER, _WINDOW = 1, 2, 3  # keep the kinds of draw apart when their seeds and counters coincide
+
+SHORTEST, SPREAD, HALVED = 5, 5.0, 0.05
+"""Of jittered windows: the least length, the standard deviation, and the share of the windows that are half as long."""
 
 
 def sample_offsets(n_tokens: int, seq_len: int, batch_size: int, *, seed: int, step: int) -> NDArray[np.int64]:
@@ -34,6 +39,66 @@ def gather(tokens: Tokens, offsets: NDArray[np.int64], seq_len: int) -> NDArray[
     for row, offset in zip(batch, offsets, strict=True):
         row[:] = tokens[offset : offset + seq_len + 1]
     return batch
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one step of a stream reads: ``length`` inputs and their targets from each of ``offsets (B,)``."""
+
+    offsets: NDArray[np.int64]
+    length: int
+    first: bool
+    """Whether the columns begin here, so that nothing is to be carried over."""
+
+
+class Stream:
+    """A text as ``batch_size`` contiguous columns that are read side by side, window after window, again and again.
+
+    Each column has the N // ``batch_size`` tokens from its place on; the few left over at the end are never read. With
+    ``jitter`` a window is max(5, int(x)) long, x normally distributed around ``seq_len``, or one time in 20 around half
+    of it, with standard deviation 5 (Merity et al., arXiv 1708.02182), so that other places fall on the borders in each
+    pass; without, every window but the last of a pass has ``seq_len``.
+
+    Raises: DataError when a column is shorter than one window and its target.
+    """
+
+    def __init__(self, n_tokens: int, batch_size: int, seq_len: int, *, seed: int, jitter: bool = False) -> None:
+        self.column = n_tokens // batch_size
+        if self.column < seq_len + 1:
+            raise DataError(
+                f"the training text has {n_tokens:,} tokens, {batch_size} columns have {self.column:,} each, and a "
+                f"window of {seq_len:,} and one target need {seq_len + 1:,}",
+                hint="use a smaller train.batch_size or train.seq_len, or a longer text",
+            )
+        self.offsets = np.arange(batch_size, dtype=np.int64) * self.column
+        self.seq_len, self.seed, self.jitter = seq_len, seed, jitter
+        self._ends: list[int] = []  # windows read when each pass ends, as far as anyone has asked
+        self._borders = (-1, np.zeros(0, np.int64))  # the last pass that was asked for, and where its windows begin
+
+    def window(self, index: int) -> Window:
+        """Return window ``index``, counted from the beginning of the first pass: a function of seed and index alone."""
+        while not self._ends or index >= self._ends[-1]:
+            windows = len(self._pass(len(self._ends))) - 1
+            self._ends.append((self._ends[-1] if self._ends else 0) + windows)
+        number = bisect.bisect_right(self._ends, index)
+        place = index - (self._ends[number - 1] if number else 0)
+        borders = self._pass(number)
+        start, end = int(borders[place]), int(borders[place + 1])
+        return Window(self.offsets + start, end - start, place == 0)
+
+    def _pass(self, number: int) -> NDArray[np.int64]:
+        """Return where the windows of a pass begin, and the end of the last."""
+        if self._borders[0] != number:
+            targets = self.column - 1
+            if self.jitter:
+                rng, most = np.random.default_rng([self.seed, number, _WINDOW]), targets // SHORTEST + 1
+                around = np.where(rng.random(most) < HALVED, self.seq_len / 2, self.seq_len)
+                ends = np.cumsum(np.maximum(SHORTEST, rng.normal(around, SPREAD).astype(np.int64)))
+                inner = ends[ends < targets]
+            else:
+                inner = np.arange(self.seq_len, targets, self.seq_len)
+            self._borders = (number, np.concatenate([[0], inner, [targets]]))
+        return self._borders[1]
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> NDArray[np.int64]:

@@ -12,6 +12,11 @@ from spiking_lm.data.tokenizers import Tokenizer, Tokens
 SPLITS = ("train", "valid", "test")
 
 
+def splits_to_learn_from(tokenizer_config: dict[str, Any]) -> tuple[str, ...]:
+    """Return the splits whose text a tokenizer sees: train, or with the option ``vocab_from: all`` all of them."""
+    return SPLITS if tokenizer_config.get("vocab_from") == "all" else SPLITS[:1]
+
+
 @dataclass(frozen=True)
 class TextCorpus:
     """What the factory of a text dataset returns: three texts."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -17,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from spiking_lm.config import StrictModel, parse_config
-from spiking_lm.data.sets import SPLITS, TextCorpus, TokenSplit, joint_hash
+from spiking_lm.data.sets import SPLITS, TextCorpus, TokenSplit, joint_hash, splits_to_learn_from
 from spiking_lm.data.sources import Progress, TextSource
 from spiking_lm.data.tokenizers import Tokenizer, create_tokenizer, load_tokenizer, token_dtype
 from spiking_lm.errors import DataError
@@ -128,16 +129,17 @@ def tokenize(
     A cache entry is a folder named after the texts' and the tokenizer's hashes; one that is damaged is built again.
     """
     sources = [corpus.train, corpus.valid, corpus.test]
+    learned: list[TextSource] = [getattr(corpus, split) for split in splits_to_learn_from(tokenizer_config)]
     where = f"dataset {name!r}, tokenizer"
     if sum(source.n_bytes for source in sources) <= IN_MEMORY:
-        tokenizer = create_tokenizer(tokenizer_config, corpus.train.read(), where=where)
+        tokenizer = create_tokenizer(tokenizer_config, _read(learned), where=where)
         return tokenizer, [
             TokenSplit(tokenizer.encode(source.text()), source.n_bytes, source.n_chars, source.sha256)
             for source in sources
         ]
 
     cache = cache_dir or default_cache_dir()
-    tokenizer = _learn_once(cache / "tokenizers", tokenizer_config, corpus.train, where)
+    tokenizer = _learn_once(cache / "tokenizers", tokenizer_config, learned, where)
     key = joint_hash(*(source.sha256 for source in sources), tokenizer.sha256)
     folder = cache / "tokens" / f"{name.replace('/', '-')}-{tokenizer.type}-{key[:32]}"
     try:
@@ -167,20 +169,25 @@ def _open_folder(folder: Path, sources: list[TextSource], tokenizer: Tokenizer) 
     return splits
 
 
-def _learn_once(folder: Path, config: dict[str, Any], train: TextSource, where: str) -> Tokenizer:
-    """Return the tokenizer; byte-pair encoding, which is slow to learn, is kept for the next time."""
-    if config.get("type") != "bpe":
-        return create_tokenizer(config, train.read(), where=where)
-    key = joint_hash(train.sha256, json.dumps(config, sort_keys=True, default=str))[:32]
+def _read(sources: list[TextSource]) -> Iterator[str]:
+    return itertools.chain.from_iterable(source.read() for source in sources)
+
+
+def _learn_once(folder: Path, config: dict[str, Any], sources: list[TextSource], where: str) -> Tokenizer:
+    """Return the tokenizer; words and byte-pair encoding, which are slow to learn, are kept for the next time."""
+    if config.get("type") not in ("bpe", "word"):
+        return create_tokenizer(config, _read(sources), where=where)
+    hashes = [source.sha256 for source in sources]
+    key = joint_hash(*hashes, json.dumps(config, sort_keys=True, default=str))[:32]
     path, seal = folder / f"{key}.json", folder / f"{key}.sha256"
     try:
         known = load_tokenizer(path)
         if seal.read_text(encoding="ascii") == known.sha256:
-            known.type = "bpe"
+            known.type = config["type"]  # the library's own JSON does not say that we trained it
             return known
     except (DataError, OSError, ValueError):
         pass  # not there or damaged
-    tokenizer = create_tokenizer(config, train.read(), where=where)
+    tokenizer = create_tokenizer(config, _read(sources), where=where)
     with _writing_to(folder):
         tokenizer.save(path)
         atomic_write(seal, tokenizer.sha256)

@@ -51,8 +51,12 @@ class Tokenizer(ABC):
     eos_id: int | None = None
     """The token that ends a text, if there is one."""
     pad_id: int | None = None
+    unk_id: int | None = None
+    """The token that stands for what the vocabulary lacks."""
     bytes_add_up: bool = False
     """Whether the bytes of a sequence are the bytes of its tokens one after the other, whatever their neighbours."""
+    lossless: bool = True
+    """Whether texts come back from their tokens; where they do not, bits per byte mean nothing and are left out."""
 
     @abstractmethod
     def encode(self, text: str) -> Tokens:
@@ -141,7 +145,6 @@ class CharTokenizer(_CharacterWise):
             characters = _read_vocab(config.vocab) if config.vocab else _characters_of(texts)
         self.config: CharConfig = CharConfig(characters=characters, unknown=config.unknown)
         self.vocab_size = len(characters)
-        self.unk_id: int | None = None
         if config.unknown == "<unk>":
             self.unk_id = len(characters)
             self.vocab_size += 1
