@@ -21,6 +21,15 @@ CLASS_NAMES = {
     "other": "other: norms, mixes, gates, neurons, tables",
 }
 
+METRICS = {
+    "bits_per_byte": "bits per byte",
+    "bits_per_character": "bits per character",
+    "perplexity": "perplexity per token",
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1",
+}
+"""What metrics are called, where the name in the registry would not do."""
+
 COLOURS = {"AC": "green", "integer-AC": "cyan", "MAC": "yellow"}
 
 
@@ -260,6 +269,31 @@ def program_tables(report: Row) -> RenderableType:
     return Group(*(Padding(part, (0, 0, 1, 0)) for part in parts))
 
 
+def run_table(account: Row) -> Table:
+    """Return the table of a program's run: its perplexity, beside that of the model where it was compared."""
+    table = _table("Run", "", ">", "")
+    table.show_header = False
+    for name, value, note in run_rows(account):
+        table.add_row(name, value, note)
+    table.caption, table.caption_justify = Text(str(account["protocol"])), "left"
+    return table
+
+
+def run_rows(account: Row) -> list[tuple[str, str, str]]:
+    """Return name, value and remark of what a program's run gave."""
+    rows = [("perplexity of the program", f"{account['perplexity']:.4f}", f"on {account['backend']}")]
+    if "model_perplexity" in account:
+        before, after = account["model_perplexity"], account["perplexity"]
+        same = percent(account["same_guess"])
+        rows += [
+            ("perplexity of the model", f"{before:.4f}", "in float, on the very same tokens"),
+            ("change", f"{after / before - 1:+.3%}".replace("%", " %"), "program against model"),
+            ("largest difference", f"{account['largest_difference']:.3g}", "of any logit"),
+            ("same guess", same, "of the tokens: the likeliest next one is the same"),
+        ]
+    return [*rows, ("speed of the simulator", f"{account['tokens_per_s']:,.0f}", "tokens/s on this machine")]
+
+
 def placement_rows(report: Row) -> list[dict[str, Any]]:
     """Return the placed operations, those of many layers that lie in one place and form joined, with their sums."""
     groups = group_layers(report["placement"], "kind", "runs_on", "where", "format")
@@ -307,4 +341,91 @@ def _constants(report: Row) -> Table:
     for constant in report["constants"]:
         value = figure_of(constant["value"], constant["unit"])
         table.add_row(constant["name"], value, constant["grade"], constant["source"])
+    return table
+
+
+# --- Comparisons ------------------------------------------------------------------------------------------------------
+
+Grid = tuple[list[str], list[list[str]]]
+"""The head of a table, ``>`` marking a column of numbers, and its rows."""
+
+
+def comparison_tables(comparison: Row) -> RenderableType:
+    """Return the tables of ``compare.json``."""
+    parts: list[RenderableType] = [_grid("Compared", results_grid(comparison))]
+    if spikes := comparison.get("spikes"):
+        parts += [_grid("The same weights", spikes_grid(spikes)), Text(f"{spikes_words(spikes)}.", style="dim")]
+    return Group(*(Padding(part, (0, 0, 1, 0)) for part in parts))
+
+
+def headline_metric(metrics: Iterable[str]) -> str | None:
+    """Choose the metric that stands for an evaluation; None where there is none."""
+    given = list(metrics)
+    return next((name for name in ("bits_per_byte", "perplexity", "accuracy", *given) if name in given), None)
+
+
+def metric_name(name: str) -> str:
+    """Return what a metric is called."""
+    return METRICS.get(name, name.replace("_", " "))
+
+
+def metric_value(name: str, value: float | None) -> str:
+    """Write a metric: shares in percent, other figures with three decimals."""
+    if value is None:
+        return "–"
+    return percent(value) if name in ("accuracy", "macro_f1") else f"{value:.3f}"
+
+
+def results_grid(comparison: Row) -> Grid:
+    """Return what came out of each run, one row each."""
+    runs = comparison["runs"]
+    metric = headline_metric(dict.fromkeys(name for run in runs for name in run["metrics"]))
+    head = ["run", ">parameters", *([f">{metric_name(metric)}"] if metric else [])]
+    head += [">activity", ">training tokens/s", ">seconds of training"]
+    rows = []
+    for run in runs:
+        row = [run["name"], count(run["parameters"])]
+        row += [metric_value(metric, run["metrics"].get(metric))] if metric else []
+        row += [percent(run["activity"]), _whole(run["tokens_per_s"]), _whole(run["seconds"])]
+        rows.append(row)
+    return head, rows
+
+
+def spikes_grid(spikes: Row) -> Grid:
+    """Return, for the same weights in every run, whether its spikes are the same and how fast they come."""
+    head = ["run", "spikes, by its own step", "spikes, as it is used", ">tokens/s, own step", ">tokens/s, as used"]
+    rows = []
+    for run in spikes["runs"]:
+        ways = [run["step"], run["forward"]]
+        found = ["–" if way is None else _difference(way["different"], spikes["spikes"]) for way in ways]
+        rows.append([run["name"], *found, *("–" if way is None else _whole(way["tokens_per_s"]) for way in ways)])
+    return head, rows
+
+
+def spikes_words(spikes: Row) -> str:
+    """Say what the spikes were compared on."""
+    return (
+        f"Every run was given this run's weights and {spikes['sample']}: {count(spikes['spikes'])} values at "
+        f"{spikes['sites']} sites, {percent(spikes['rate'])} of them spikes; speeds are medians of turns on one thread"
+    )
+
+
+def changes_of(run: Row) -> str:
+    """Write what a variant changes: ``path = value`` pairs."""
+    return ", ".join(f"{path} = {value}" for path, value in run["changes"].items())
+
+
+def _difference(different: int, values: int) -> str:
+    return "equal" if different == 0 else f"{different:,} of {values:,} differ"
+
+
+def _whole(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.0f}"
+
+
+def _grid(title: str, grid: Grid) -> Table:
+    head, rows = grid
+    table = _table(title, *head)
+    for row in rows:
+        table.add_row(*row)
     return table

@@ -1,0 +1,107 @@
+"""The deploy stage: a model lowered to a program, saved, run on held-out text, and compared with itself in float.
+
+Running a program needs no torch; only the comparison with the model does.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spiking_lm.errors import DataError
+from spiking_lm.hardware import Program, ProgramResult, load_program, lower, score
+from spiking_lm.recipe import Recipe, split_choice
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from spiking_lm.data import TextData
+    from spiking_lm.interfaces import SpikingLanguageModel
+    from spiking_lm.runs import RunDir
+
+_TOKENS_PER_CALL = 256
+"""Of the float model, which is fed as a program is: one stream, the state carried on."""
+
+
+def deploy(run: RunDir, recipe: Recipe, model: SpikingLanguageModel, data: TextData) -> dict[str, Any]:
+    """Lower ``model`` as ``recipe.deploy`` says, save the program as ``<run>/program``, run it and the model.
+
+    Returns the JSON-able account: what :func:`run_program` gives, the model's perplexity on the very same tokens, and
+    how far the program is from the model.
+
+    Raises: LoweringError naming the op that cannot be placed; DataError when the split has not two tokens.
+    """
+    from spiking_lm.runs import sample_tokens
+
+    assert recipe.deploy is not None
+    backend, options = split_choice(recipe.deploy, "backend")
+    split = recipe.evaluate.split if recipe.evaluate is not None else "test"
+    tokens = sample_tokens(data, split, options["tokens"] + 1)
+    folder = run.path / "program"
+    lower(model, backend, **options).save(folder, files={"tokenizer.json": data.tokenizer.to_json()})
+    account, result = run_program(load_program(folder), tokens, f"the {split} split")
+    logits = model_logits(model, tokens[:-1])
+    difference = np.abs(logits - result.logits)
+    return {
+        **account,
+        "options": options,
+        "split": split,
+        "model_perplexity": float(np.exp(score(ProgramResult(logits, None), tokens).mean())),
+        "largest_difference": float(difference.max()),
+        "same_guess": float((logits.argmax(-1) == result.logits.argmax(-1)).mean()),
+    }
+
+
+def run_program(program: Program, tokens: NDArray[Any], words: str) -> tuple[dict[str, Any], ProgramResult]:
+    """Run a program on ``tokens[:-1]``, from rest, and score ``tokens[1:]``; return a JSON-able account and the result.
+
+    ``words`` say what the tokens are of. Raises: DataError for fewer than two tokens, or ids beyond the vocabulary.
+    """
+    if len(tokens) < 2:
+        raise DataError(f"{words} has {len(tokens)} tokens; a program needs at least 2", hint="give it more text")
+    program.check_tokens(tokens)
+    start = time.perf_counter()
+    result = program.run(tokens[:-1])
+    seconds = time.perf_counter() - start
+    n = len(tokens) - 1
+    account = {
+        "backend": program.backend,
+        "tokens": n,
+        "protocol": f"{n:,} tokens of {words}, as one stream, state carried from token to token",
+        "perplexity": float(np.exp(score(result, tokens).mean())),
+        "seconds": seconds,
+        "tokens_per_s": n / seconds,
+        "counters": result.counters,
+        "report": program.report(result).to_dict(),
+    }
+    return account, result
+
+
+def model_logits(model: SpikingLanguageModel, tokens: NDArray[Any]) -> NDArray[np.float32]:
+    """Return the logits ``(S, V)`` of the float model for one stream of ``tokens (S,)``, state carried."""
+    import torch
+
+    from spiking_lm.generation import evaluating
+
+    device = next(model.parameters()).device
+    ids = torch.from_numpy(np.asarray(tokens).astype(np.int64)).to(device)
+    parts, state = [], None
+    with evaluating(model):
+        for piece in ids.split(_TOKENS_PER_CALL):
+            output = model(piece[None], state)
+            state = output.state
+            parts.append(output.logits[0].float().cpu())
+    logits: NDArray[np.float32] = torch.cat(parts).numpy()
+    return logits
+
+
+def render(account: dict[str, Any]) -> RenderableType:
+    """Return the tables of what :func:`deploy` or :func:`run_program` gave."""
+    from rich.console import Group
+
+    from spiking_lm.report.tables import program_tables, run_table
+
+    return Group(run_table(account), program_tables(account["report"]))
