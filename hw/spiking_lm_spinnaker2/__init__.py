@@ -2,4 +2,39 @@
 
 from __future__ import annotations
 
+from spiking_lm import hookimpl
+from spiking_lm.hookspecs import Register
+from spiking_lm.records import BackendSpec, BenchmarkSpec
+
 SPIKING_LM_API = 1
+
+
+@hookimpl
+def spiking_lm_backends(register: Register) -> None:
+    register(
+        BackendSpec(
+            name="spinnaker2",
+            summary="SpiNNaker 2, by an embedded simulator of its processing elements",
+            config="spiking_lm_spinnaker2.config:SpiNNaker2Config",
+            lower="spiking_lm_spinnaker2.lower:lower",
+            program="spiking_lm_spinnaker2.program:SpiNNaker2Program",
+        )
+    )
+
+
+@hookimpl
+def spiking_lm_benchmarks(register: Register) -> None:
+    register(
+        BenchmarkSpec(
+            name="spinnaker2-paper",
+            summary="the published chip point of the event-based GRU (arXiv 2312.09084)",
+            function="spiking_lm_spinnaker2.bench:bench_paper",
+        )
+    )
+    register(
+        BenchmarkSpec(
+            name="spinnaker2-simulator",
+            summary="speed of the embedded simulator",
+            function="spiking_lm_spinnaker2.bench:bench_simulator",
+        )
+    )

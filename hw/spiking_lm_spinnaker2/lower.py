@@ -1,0 +1,159 @@
+"""From a model's graph and state dict to a placed program."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from torch import Tensor
+
+from spiking_lm.graph import LMGraph, Op
+from spiking_lm.hardware import LoweringError
+from spiking_lm.interfaces import EGRUDynamics, LIFDynamics, SpikingLanguageModel
+from spiking_lm_spinnaker2.config import SpiNNaker2Config
+from spiking_lm_spinnaker2.mapping import index_bytes
+from spiking_lm_spinnaker2.program import SpiNNaker2Program
+from spiking_lm_spinnaker2.weights import U0_8, Array, EGRULayer, Linear, Table
+
+PLACEABLE = (
+    "an embedding, layers of event-based gated units, an optional projection and an output head, one after another"
+)
+
+REASONS = {
+    "norm": "needs the mean of all units of a layer, for which there is no program on the PEs",
+    "token_shift": "mixes with the token before, for which there is no program on the PEs",
+    "wkv": "keeps exponentially weighted sums, for which there is no program on the PEs",
+    "pool": "works on whole texts, a program on single tokens",
+}
+
+
+def lower(model: SpikingLanguageModel, config: SpiNNaker2Config) -> SpiNNaker2Program:
+    """Place ``model`` on SpiNNaker 2, from its ``graph()`` and ``state_dict()`` alone.
+
+    Raises: LoweringError naming the op, its kind and why it cannot be placed, or what does not fit; ConfigError for PEs
+    of an unknown layer.
+    """
+    graph = model.graph()
+    table, egru, head = _recognise(graph)
+    weights = _Weights(model.state_dict())
+    embedding = Table.build(table.name, weights.of(table, "weight"), int8=config.numerics == "int8")
+    layers: list[EGRULayer] = []
+    for op in egru:
+        layers.append(_layer(op, graph, weights, config, embedding.scale if not layers else 1 / U0_8))
+    matrices = [Linear.build(op.name, weights.of(op, "weight"), weights.find(op, "bias"), int8=False) for op in head]
+    return SpiNNaker2Program.of(embedding, layers, matrices, config, model=model.config.model_type)
+
+
+def _recognise(graph: LMGraph) -> tuple[Op, list[Op], list[Op]]:
+    """Return embedding, EGRU layers and output head. Raises LoweringError for a graph of another form."""
+    _refuse_foreign([op for op in graph if not _known(op, graph)])
+    tables = [op for op in graph if op.kind == "embedding"]
+    egru = [op for op in graph if isinstance(op.dynamics, EGRUDynamics)]
+    head = [op for op in graph if op.kind == "linear" and not _feeds_egru(op, graph)]
+    if len(tables) != 1 or not egru or not head:
+        raise LoweringError(
+            f"the model has {len(tables)} embeddings, {len(egru)} layers of event-based gated units and {len(head)} "
+            "matrices after them",
+            hint=f"SpiNNaker 2 takes {PLACEABLE}",
+        )
+    if tables[0].inputs != ("tokens",):
+        raise LoweringError(f"op {tables[0].name!r} (embedding) reads {tables[0].inputs}, not the tokens")
+    before = tables[0].name
+    for op in egru:
+        if len(op.inputs) != 2:
+            raise LoweringError(f"op {op.name!r} (neuron) reads {op.inputs}, not an input and a recurrent matrix")
+        x, recurrent = (graph[name] for name in op.inputs)
+        _expect(x, (before,), ())
+        _expect(recurrent, (), (op.name,))
+        before = op.name
+    for op in head:
+        _expect(op, (before,), ())
+        before = op.name
+    return tables[0], egru, head
+
+
+def _feeds_egru(op: Op, graph: LMGraph) -> bool:
+    return any(isinstance(reader.dynamics, EGRUDynamics) for reader in graph.readers(op.name))
+
+
+def _known(op: Op, graph: LMGraph) -> bool:
+    return op.kind in ("embedding", "linear") or isinstance(op.dynamics, EGRUDynamics)
+
+
+def _refuse_foreign(foreign: list[Op]) -> None:
+    """Name the first op of each kind that cannot be placed, and say why."""
+    firsts: dict[str, Op] = {}
+    for op in foreign:
+        firsts.setdefault(op.kind, op)
+    if not firsts:
+        return
+    reasons = []
+    for kind, op in firsts.items():
+        reason = REASONS.get(kind, "there is no program for it on the PEs")
+        if kind == "neuron":
+            binary = isinstance(op.dynamics, LIFDynamics)
+            reason = "is a binary neuron, which the native path takes, not this one" if binary else "is another neuron"
+        count = sum(other.kind == kind for other in foreign) - 1
+        more = f", and {count} more of its kind" if count else ""
+        reasons.append(f"op {op.name!r} ({kind}) {reason}{more}")
+    raise LoweringError(
+        "the model cannot be placed on SpiNNaker 2: " + "; ".join(reasons), hint=f"what can be placed: {PLACEABLE}"
+    )
+
+
+def _expect(op: Op, inputs: tuple[str, ...], recurrent: tuple[str, ...]) -> None:
+    if op.kind != "linear" or (op.inputs, op.recurrent) != (inputs, recurrent):
+        reads = f"reads {op.inputs}" + (f" and the last {op.recurrent}" if op.recurrent else "")
+        expected = f"{inputs}" + (f" and the last {recurrent}" if recurrent else "")
+        raise LoweringError(
+            f"op {op.name!r} ({op.kind}) {reads}; expected was a matrix that reads {expected}",
+            hint=f"SpiNNaker 2 takes {PLACEABLE}",
+        )
+
+
+class _Weights:
+    """The parameters of ops, as float32 arrays with matrices (out, in)."""
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self.state = state
+
+    def of(self, op: Op, role: str) -> Array:
+        """Return the parameter of ``op`` in a role. Raises LoweringError when there is none."""
+        found = self.find(op, role)
+        if found is None:
+            raise LoweringError(f"op {op.name!r} ({op.kind}): the model's state dict has no {role} for it")
+        return found
+
+    def find(self, op: Op, role: str) -> Array | None:
+        """Return the parameter of ``op`` in a role, or None. Raises LoweringError when it is not finite."""
+        turned = f"{role}_t" in op.parameters
+        name = op.parameters.get(f"{role}_t" if turned else role, f"{op.module}.{role}")
+        if name not in self.state:
+            return None
+        array: Array = self.state[name].detach().float().cpu().numpy()
+        if not np.isfinite(array).all():
+            raise LoweringError(f"op {op.name!r} ({op.kind}): its {role} {name!r} holds values that are not finite")
+        return np.ascontiguousarray(array.T) if turned else array
+
+
+def _layer(op: Op, graph: LMGraph, weights: _Weights, config: SpiNNaker2Config, input_scale: float) -> EGRULayer:
+    assert isinstance(op.dynamics, EGRUDynamics)
+    x, recurrent = (graph[name] for name in op.inputs)
+    layer = EGRULayer.build(
+        (op.name, x.name, recurrent.name),
+        weights.of(x, "weight"),
+        weights.of(recurrent, "weight"),
+        weights.find(x, "bias"),
+        weights.find(recurrent, "bias"),
+        weights.of(op, "threshold"),
+        zoneout=op.dynamics.zoneout,
+        int8=config.numerics == "int8",
+        keep_zeros=config.storage == "dense",
+        input_scale=input_scale,
+    )
+    sources = max(layer.n_inputs, layer.n_units)
+    if index_bytes(config) == 2 and sources > 1 << 16:
+        raise LoweringError(
+            f"{op.name}: {sources} sources are more than an index of 2 bytes tells apart", hint="index_bytes=4"
+        )
+    return layer
