@@ -37,6 +37,19 @@ def spiking_lm_datasets(register: Register) -> None:
                 summary=summary,
             )
         )
+    for name, config, factory, summary in (
+        ("gestures11", "Gestures11Config", "gestures11:gestures11", "eleven synthetic gestures as events, from a seed"),
+        ("dvs128-gesture", "DVS128Config", "clips:dvs128_gesture", "DVS128 Gesture: IBM's .aedat, tonic's .npy files"),
+    ):
+        register(
+            DatasetSpec(
+                name=name,
+                config=f"spiking_lm.data.{factory.partition(':')[0]}:{config}",
+                factory=f"spiking_lm.data.{factory}",
+                task="clips",
+                summary=summary,
+            )
+        )
 
 
 @hookimpl

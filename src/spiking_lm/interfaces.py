@@ -100,6 +100,39 @@ class SpikingLanguageModel(nn.Module, ABC):
         ]
 
 
+class SpikingClipClassifier(SpikingLanguageModel):
+    """A spiking network that says what clips of events show: a frame stands where a language model reads a token.
+
+    The laws are the same: explicit state, forward a scan of step, causality, independent rows. There is no vocabulary,
+    so what works on texts refuses such a model, whose only capability is ``clips``.
+    """
+
+    capabilities = frozenset({"clips"})
+
+    @abstractmethod
+    def forward(
+        self, frames: Tensor, state: State | None = None, *, lengths: Tensor | None = None, return_spikes: bool = False
+    ) -> LMOutput:
+        """Score the classes after each frame: frames ``(B, T, P, H, W)`` -> logits ``(B, T, num_classes)``.
+
+        ``lengths (B,)`` keeps the frames behind a clip's end out of the auxiliary losses; it changes nothing else.
+        """
+
+    def classify(self, frames: Tensor, lengths: Tensor) -> Tensor:
+        """Return class logits ``(B, num_classes)``, averaged over the true ``lengths (B,)`` of the clips."""
+        return mean_over_steps(self(frames, lengths=lengths).logits, lengths)
+
+    def graph(self) -> LMGraph:
+        """Refuse: a graph describes the computation of one token."""
+        raise UsageError(f"{type(self).__name__} reads frames of events: it has no graph of operations per token")
+
+
+def mean_over_steps(x: Tensor, lengths: Tensor) -> Tensor:
+    """Return the mean of ``x (B, T, N)`` over the first ``lengths (B,)`` steps of each row, ``(B, N)``."""
+    steps = torch.arange(x.shape[1], device=x.device)
+    return (x * (steps < lengths[:, None])[..., None]).sum(1) / lengths[:, None]
+
+
 @dataclass(frozen=True)
 class LIFDynamics:
     """The declared dynamics of a leaky integrate-and-fire neuron, enough to choose a kernel or to lower it.

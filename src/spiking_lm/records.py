@@ -64,7 +64,7 @@ class ModelSpec(Record):
     """``f(state_dict, **config) -> model`` for the paper's own state-dict keys."""
     paper: str = ""
     capabilities: frozenset[str] = frozenset({"lm"})
-    """Any of ``lm`` (causal), ``classify``, ``mlm``."""
+    """Any of ``lm`` (causal), ``classify``, ``mlm``; or ``clips``, for frames of events instead of text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +119,7 @@ class DatasetSpec(Record):
     config: str
     """A :class:`spiking_lm.config.DatasetConfig` subclass."""
     factory: str
-    task: Literal["text", "classification"] = "text"
+    task: Literal["text", "classification", "clips"] = "text"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spiking_lm.errors import DataError, PluginError
+from spiking_lm.errors import DataError, PluginError, UsageError
 from spiking_lm.graph import LMGraph, Op, ValueKind
 from spiking_lm.interfaces import Neuron, SpikingLanguageModel
 
@@ -319,7 +319,11 @@ def groups(rows: Tensor) -> Iterator[Tensor]:
 
 
 def vocab_size(model: SpikingLanguageModel) -> int:
-    return int(getattr(model.config, "vocab_size"))  # noqa: B009  (every language model's config has it)
+    size = getattr(model.config, "vocab_size", None)
+    if size is None:
+        name = type(model).__name__
+        raise UsageError(f"{name} has no vocabulary: it reads no text (capabilities: {sorted(model.capabilities)})")
+    return int(size)
 
 
 def device_of(model: nn.Module) -> torch.device:

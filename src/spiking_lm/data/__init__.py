@@ -1,7 +1,8 @@
-"""Text and labelled sets, tokenizers and token files. Importing this imports neither torch nor ``tokenizers``."""
+"""Text, labelled sets, clips, tokenizers and token files. Importing this imports neither torch nor ``tokenizers``."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from spiking_lm.config import parse_config
+from spiking_lm.data.clips import Clip, ClipData
 from spiking_lm.data.sampling import epoch_order, gather, pad_batch, sample_offsets
 from spiking_lm.data.sets import (
     SPLITS,
@@ -35,6 +37,8 @@ from spiking_lm.data.tokenizers import (
 from spiking_lm.errors import ConfigError, DataError, PluginError
 
 __all__ = [
+    "Clip",
+    "ClipData",
     "Example",
     "LabelledCorpus",
     "LabelledData",
@@ -60,8 +64,8 @@ __all__ = [
 
 def load(
     config: dict[str, Any], *, cache_dir: Path | None = None, progress: Progress | None = None
-) -> TextData | LabelledData:
-    """Load a dataset as a recipe's ``data`` mapping describes it: ``type``, its options, and ``tokenizer``.
+) -> TextData | LabelledData | ClipData:
+    """Load a dataset as a recipe's ``data`` mapping describes it: ``type``, its options, and for text ``tokenizer``.
 
     Parameters: ``progress`` is called with (bytes done, bytes in all) while a large text is tokenized.
 
@@ -79,6 +83,10 @@ def load(
     entry = registry.get("datasets", name)
     parsed = parse_config(entry.load("config"), values, where=f"dataset {name!r}")
     corpus = entry.load("factory")(parsed)
+    if isinstance(corpus, ClipData):
+        if "tokenizer" in config:
+            raise ConfigError(f"dataset {name!r} holds clips of events, which have no tokenizer", hint="leave it out")
+        return dataclasses.replace(corpus, name=name)
     if isinstance(corpus, LabelledCorpus):
         return _load_labelled(name, corpus, choice)
     if isinstance(corpus, TokenCorpus):
@@ -86,7 +94,7 @@ def load(
     if not isinstance(corpus, TextCorpus):
         raise PluginError(
             f"dataset {name!r} returned a {type(corpus).__name__}",
-            hint="its factory returns a TextCorpus, a TokenCorpus or a LabelledCorpus of spiking_lm.data",
+            hint="its factory returns a TextCorpus, a TokenCorpus, a LabelledCorpus or a ClipData of spiking_lm.data",
         )
     for split in SPLITS:
         source: TextSource = getattr(corpus, split)

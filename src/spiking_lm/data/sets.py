@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from spiking_lm.data.sampling import pad_batch
 from spiking_lm.data.sources import TextSource
 from spiking_lm.data.tokenizers import Tokenizer, Tokens
 
@@ -109,6 +114,15 @@ class LabelledData:
     test: list[Example] = field(repr=False)
     sha256: str
     """Identity of the examples, their order and the tokenizer."""
+
+    def length(self, example: Example) -> int:
+        """Return about how long an example is, for batches of examples of similar length."""
+        return len(example.text)
+
+    def batch(self, examples: Sequence[Example], limit: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return token ids padded on the right, ``(B, S)``, and true lengths ``(B,)``, at most ``limit``."""
+        encoded = [self.tokenizer.encode(example.text)[:limit] for example in examples]
+        return pad_batch(encoded, self.tokenizer.pad_id)
 
     def describe(self) -> dict[str, Any]:
         """Return the JSON-able summary that manifests and reports show."""
