@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 from spiking_lm.hardware import Constant
 
-CHIP = "SpiNNaker 2 chip paper, arXiv 2607.24396 (whole-chip measurement, quoted at second hand)"
-DATASHEET = "SpiNNaker 2 datasheet v0.03 (quoted at second hand)"
-EGRU_PAPER = "EGRU on SpiNNaker 2, arXiv 2312.09084 (quoted at second hand)"
+CHIP = "arXiv 2607.24396 (second hand)"
+"""The paper on the chip, whose powers are of the whole chip. Second hand: as others quote it, not read there."""
+DATASHEET = "datasheet v0.03 (second hand)"
+EGRU_PAPER = "arXiv 2312.09084 (second hand)"
+"""The event-based GRU on the chip."""
 UNPUBLISHED = "never published; set it with the option"
 
 # -- places and memory -------------------------------------------------------------------------------------------------
@@ -22,10 +24,10 @@ INPUT_BUFFER = Constant(
     "input values kept outside the data memory",
     16 * 1024,
     "bytes",
-    "assumption: half of the 32 KiB of code memory; the published 88.3 kB leave no room for them in the data memory",
+    "half of the 32 KiB of code memory: the published 88.3 kB leave no room in the data memory",
     "assumed",
 )
-EVENT_FIFO = Constant("event FIFO of a PE", 256, "bytes", "assumption: 32 packets of key and payload", "assumed")
+EVENT_FIFO = Constant("event FIFO of a PE", 256, "bytes", "32 packets of key and payload", "assumed")
 
 # -- time --------------------------------------------------------------------------------------------------------------
 
@@ -33,12 +35,12 @@ K_NNZ = Constant(
     "cycles per stored weight (the one fitted constant)",
     32.4,
     "cycles",
-    f"fitted to the 170.25 ms of {EGRU_PAPER}, read as 70 tokens, layers pipelined; includes unit updates and events",
+    f"fitted to the 170.25 ms of {EGRU_PAPER}; unit updates and events are in it",
     "derived",
 )
-K_IN = Constant("cycles per event received (event kernel)", 100, "cycles", "assumption", "assumed")
+K_IN = Constant("cycles per event received (event kernel)", 100, "cycles", "no figure was published", "assumed")
 MLA_COLUMNS = Constant("outputs that the MAC array computes at once", 16, "outputs", CHIP, "measured")
-MLA_UTILISATION = Constant("utilisation of the MAC array, fully connected", 0.17, "", CHIP, "measured")
+MLA_UTILISATION = Constant("utilisation of the MAC array, fully connected", 17, "%", CHIP, "measured")
 MLA_ACCUMULATOR_BITS = Constant("accumulator of the MAC array", 24, "bits", CHIP, "measured")
 
 # -- power -------------------------------------------------------------------------------------------------------------
@@ -80,10 +82,10 @@ class OperatingPoint:
         value = (self.mla_power.value - self.asleep.value) / (self.mla_rate.value / 2)
         return Constant("int8 MAC on the array", 1e-3 * value, "pJ", "(MAC load - all asleep) / MACs per s", "derived")
 
-    def constants(self) -> tuple[Constant, ...]:
-        """List all of them."""
-        measured = (self.clock, self.asleep, self.coremark, self.mla_power, self.mla_rate)
-        return (*measured, self.sleep, self.cycle, self.mac)
+    def constants(self, *, mac_array: bool) -> tuple[Constant, ...]:
+        """List all of them, those of the MAC arrays on request."""
+        arrays = (self.mla_power, self.mla_rate, self.mac) if mac_array else ()
+        return (self.clock, self.asleep, self.coremark, self.sleep, self.cycle, *arrays)
 
 
 def _point(megahertz: float, volt: float, asleep: float, coremark: float, mla: float, tops: float) -> OperatingPoint:

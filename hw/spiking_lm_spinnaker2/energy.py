@@ -73,16 +73,15 @@ def calibrated(config: SpiNNaker2Config) -> bool:
     return all(getattr(config, name) == getattr(published, name) for name in same) and config.index_bytes in (None, 4)
 
 
-def constants_used(config: SpiNNaker2Config) -> tuple[Constant, ...]:
-    """List every constant that figures of a program with these options rest on."""
+def constants_used(config: SpiNNaker2Config, *, mac_array: bool) -> tuple[Constant, ...]:
+    """List every constant that the figures of a program rest on; ``mac_array``: whether any stage runs on it."""
     memory = [constants.DATA_MEMORY, constants.HEAP_AND_STACK, constants.EVENT_FIFO]
     time = [constants.K_NNZ]
     if config.kernel == "event":
         time.append(constants.K_IN)
     else:
         memory.append(constants.INPUT_BUFFER)
-    on_array = config.numerics == "int8" and config.kernel == "row"
-    if on_array:
+    if mac_array:
         time += [constants.MLA_COLUMNS, constants.MLA_UTILISATION, constants.MLA_ACCUMULATOR_BITS]
     own = "set by option"
     return (
@@ -93,7 +92,7 @@ def constants_used(config: SpiNNaker2Config) -> tuple[Constant, ...]:
         *memory,
         *time,
         constants.POWER_OFF,
-        *operating_point(config).constants(),
+        *operating_point(config).constants(mac_array=mac_array),
         Constant("packet", config.e_packet, "pJ", own if config.e_packet else constants.UNPUBLISHED, "assumed"),
         Constant("byte of DRAM", config.e_dram, "pJ", own if config.e_dram else constants.UNPUBLISHED, "assumed"),
     )

@@ -89,9 +89,14 @@ class SpiNNaker2Program(Program):
             self.model,
             tuple(self._placement()),
             tuple(figures),
-            constants_used(self.config),
+            constants_used(self.config, mac_array=self._uses_mac_array),
             tuple(self._warnings(counters)),
         )
+
+    @property
+    def _uses_mac_array(self) -> bool:
+        head = any(part.scales is not None for part in self.parts.head)
+        return self.config.on_mac_array or (head and self.config.kernel == "row")
 
     def _placement(self) -> list[PlacedOp]:
         config, table = self.config, self.parts.embedding

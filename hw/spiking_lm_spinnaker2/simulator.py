@@ -183,7 +183,7 @@ def processor_cycles(
 
 def mac_array_cycles(outputs: NDArray[np.int64], inputs: int) -> NDArray[np.float64]:
     """Return the cycles of the MAC arrays for one token: tiles of 16 outputs, an input a cycle, utilisation 17 %."""
-    cycles: NDArray[np.float64] = np.ceil(outputs / MLA_COLUMNS.value) * inputs / MLA_UTILISATION.value
+    cycles: NDArray[np.float64] = np.ceil(outputs / MLA_COLUMNS.value) * inputs * 100 / MLA_UTILISATION.value
     return cycles
 
 
@@ -221,7 +221,7 @@ def count_linear(layer: Linear, x: Array, y: Array, placed: Placed, config: SpiN
     events_in = (x != 0).sum(1)
     useful = events_in[:, None] * outputs
     macs = useful if config.kernel == "event" else np.full(useful.shape, outputs * inputs)
-    mla = config.numerics == "int8" and config.kernel == "row"  # its storage is always dense
+    mla = layer.scales is not None and config.kernel == "row"
     if mla:
         cycles = np.broadcast_to(mac_array_cycles(outputs, inputs), macs.shape)
     else:
