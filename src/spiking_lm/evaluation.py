@@ -2,7 +2,8 @@
 
 Text is scored with full context: a window of ``window`` tokens slides by ``stride``, and of each window after the first
 only the last ``stride`` predictions count, so every counted token has seen at least ``window - stride`` tokens. Each
-token of the text but the first is counted exactly once.
+token of the text but the first is counted exactly once. With ``carry_state`` the windows do not overlap, and each goes
+on from the state in which the one before it ended, so that every token has seen all of the text before it.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ from rich.table import Table
 from rich.text import Text
 
 from spiking_lm import registry
-from spiking_lm.data import LabelledData, TextData
-from spiking_lm.data.sampling import pad_batch
+from spiking_lm.data import ClipData, LabelledData, TextData
 from spiking_lm.errors import DataError
 from spiking_lm.generation import evaluating
-from spiking_lm.interfaces import SpikingLanguageModel
+from spiking_lm.interfaces import SpikingLanguageModel, mean_over_steps
 from spiking_lm.stages import EvaluateConfig
 
 if TYPE_CHECKING:
-    from spiking_lm.data import Example, Tokenizer
+    from collections.abc import Sequence
+
+    from spiking_lm.data import Clip, Example
 
 BASELINE_ORDER = 6
 BASELINE_MAX_TOKENS = 5_000_000  # an n-gram table of a larger corpus would take minutes and gigabytes
@@ -82,15 +84,43 @@ def macro_f1(scores: Scores) -> dict[str, float]:
     return {"macro_f1": float(np.mean(values))}
 
 
-def evaluate(model: SpikingLanguageModel, data: TextData | LabelledData, config: EvaluateConfig) -> dict[str, Any]:
-    """Score ``model`` on a split; return a JSON-able dict with ``metrics``, ``protocol`` and, for bytes, ``baselines``.
+class Activity:
+    """Counts events (values that are not zero) of every spike site."""
+
+    def __init__(self) -> None:
+        self.events: dict[str, int] = {}
+        self.places: dict[str, int] = {}
+
+    def add(self, spikes: dict[str, torch.Tensor], counted: int) -> None:
+        """Take in the last ``counted`` positions of ``spikes (B, S, N)``."""
+        for site, values in spikes.items():
+            last = values[:, -counted:]
+            self.events[site] = self.events.get(site, 0) + int(torch.count_nonzero(last))
+            self.places[site] = self.places.get(site, 0) + last.numel()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the event rates: ``mean`` over all units, and of each of ``sites``."""
+        return {
+            "mean": sum(self.events.values()) / sum(self.places.values()),
+            "sites": {site: self.events[site] / self.places[site] for site in self.events},
+        }
+
+
+def evaluate(
+    model: SpikingLanguageModel, data: TextData | LabelledData | ClipData, config: EvaluateConfig
+) -> dict[str, Any]:
+    """Score ``model`` on a split; return a JSON-able dict with ``metrics`` and ``protocol``.
+
+    For text and clips also ``activity``, the event rates of a model that has spike sites, measured on what is counted;
+    and for bytes and words ``baselines``, what n-gram models reach, in ``baseline_unit``.
 
     Raises DataError for an empty split, UnknownNameError for an unknown metric.
     """
+    activity = Activity()
     if isinstance(data, TextData):
-        scores, protocol = _score_text(model, data, config)
+        scores, protocol = _score_text(model, data, config, activity)
     else:
-        scores, protocol = _score_labelled(model, data, config)
+        scores, protocol = _score_labelled(model, data, config, activity if isinstance(data, ClipData) else None)
     names = config.metrics if config.metrics is not None else list(registry.all("metrics"))
     metrics: dict[str, float] = {}
     for name in names:
@@ -102,48 +132,78 @@ def evaluate(model: SpikingLanguageModel, data: TextData | LabelledData, config:
         "protocol": protocol,
         "data": data.describe(),
     }
-    if (
-        isinstance(data, TextData)
-        and data.tokenizer.type == "byte"
-        and 0 < len(data.train.tokens) <= BASELINE_MAX_TOKENS
-    ):
-        from spiking_lm.data.ngram import ngram_bits
-
-        held_out = getattr(data, config.split).tokens[: config.max_tokens]
-        bits = ngram_bits(data.train.tokens, held_out, BASELINE_ORDER)
-        result["baselines"] = {
-            f"interpolated byte n-gram, order {order}": bits[order] for order in range(3, BASELINE_ORDER + 1)
-        }
+    if activity.places:
+        result["activity"] = activity.to_dict()
+    if isinstance(data, TextData) and 0 < len(data.train.tokens) <= BASELINE_MAX_TOKENS:
+        result.update(_baselines(data, getattr(data, config.split).tokens[: config.max_tokens]))
     return result
 
 
-def _score_text(model: SpikingLanguageModel, data: TextData, config: EvaluateConfig) -> tuple[Scores, str]:
+def _baselines(data: TextData, held_out: NDArray[Any]) -> dict[str, Any]:
+    """Return what n-gram models reach, where they are a known floor: for bytes and for words."""
+    from spiking_lm.data.ngram import ngram_bits, ngram_perplexities
+
+    if data.tokenizer.type == "byte":
+        bits = ngram_bits(data.train.tokens, held_out, BASELINE_ORDER)
+        orders = range(3, BASELINE_ORDER + 1)
+        values = {f"interpolated byte n-gram, order {order}": bits[order] for order in orders}
+        return {"baseline_unit": "bits per byte", "baselines": values}
+    if data.tokenizer.type == "word":
+        bigram, trigram = ngram_perplexities(data.train.tokens, held_out, 2, vocab_size=data.tokenizer.vocab_size)
+        values = {"Kneser-Ney bigram": bigram, "Kneser-Ney trigram": trigram}
+        return {"baseline_unit": "perplexity", "baselines": values}
+    return {}
+
+
+def _score_text(
+    model: SpikingLanguageModel, data: TextData, config: EvaluateConfig, activity: Activity
+) -> tuple[Scores, str]:
     tokens = np.asarray(getattr(data, config.split).tokens[: config.max_tokens]).astype(np.int64)
     if len(tokens) < 2:
         raise DataError(f"the {config.split} split has {len(tokens)} tokens; scoring needs at least 2")
-    nll, predicted = score_tokens(model, tokens, config)
-    counted = data.tokenizer.decode_bytes(tokens[1:])
-    n_chars = sum((byte & 0xC0) != 0x80 for byte in counted)
-    stride = min(config.stride, config.window)
-    protocol = (
-        f"{len(nll):,} tokens of the {config.split} split ({len(counted):,} bytes), each scored once; window "
-        f"{config.window}, stride {stride}: at least {config.window - stride} tokens of context after the first "
-        f"window; state zero at each window's start"
-    )
-    return Scores("text", nll, tokens[1:], predicted, len(counted), n_chars), protocol
+    nll, predicted = score_tokens(model, tokens, config, activity if model.spike_sites() else None)
+    n_bytes = n_chars = 0
+    if data.tokenizer.lossless:
+        counted = data.tokenizer.decode_bytes(tokens[1:])
+        n_bytes, n_chars = len(counted), sum((byte & 0xC0) != 0x80 for byte in counted)
+        text = f"({n_bytes:,} bytes)"
+    else:
+        unknown = float((tokens[1:] == data.tokenizer.unk_id).mean())
+        text = f"({unknown:.2%} of them <unk>; no bits per byte, because the tokens do not say all of the text)"
+    if config.carry_state:
+        context = (
+            f"in one pass; windows of {config.window} without overlap, batch 1, state carried from each to the next"
+        )
+    else:
+        stride = min(config.stride, config.window)
+        context = (
+            f"window {config.window}, stride {stride}: at least {config.window - stride} tokens of context after the "
+            f"first window; state zero at each window's start"
+        )
+    protocol = f"{len(nll):,} tokens of the {config.split} split {text}, each scored once; {context}"
+    return Scores("text", nll, tokens[1:], predicted, n_bytes, n_chars), protocol
 
 
 def score_tokens(
-    model: SpikingLanguageModel, tokens: NDArray[np.int64], config: EvaluateConfig
+    model: SpikingLanguageModel, tokens: NDArray[np.int64], config: EvaluateConfig, activity: Activity | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Return the negative log-likelihood (nats) and the arg-max guess for each of ``tokens[1:]``."""
+    """Return the negative log-likelihood (nats) and the arg-max guess for each of ``tokens[1:]``.
+
+    ``activity`` is told the spikes at each token that is counted.
+    """
     nll = np.empty(len(tokens) - 1)
     predicted = np.empty(len(tokens) - 1, dtype=np.int64)
+    state = None
     with evaluating(model):
         for starts, length, counted in _windows(len(tokens) - 1, config):
             rows = np.stack([tokens[start : start + length + 1] for start in starts])
             batch = torch.from_numpy(rows).to(next(model.parameters()).device)
-            logits = model(batch[:, :-1]).logits[:, -counted:].float()
+            output = model(batch[:, :-1], state, return_spikes=activity is not None)
+            if config.carry_state:
+                state = output.state
+            if activity is not None:
+                activity.add(output.spikes or {}, counted)
+            logits = output.logits[:, -counted:].float()
             losses = F.cross_entropy(logits.transpose(1, 2), batch[:, -counted:], reduction="none")
             for row, start in enumerate(starts):
                 where = slice(start + length - counted, start + length)
@@ -154,6 +214,11 @@ def score_tokens(
 
 def _windows(n: int, config: EvaluateConfig) -> Iterator[tuple[list[int], int, int]]:
     """Yield (starts, window length, predictions counted at the end of each), covering ``n`` predictions once."""
+    if config.carry_state:
+        for start in range(0, n, config.window):
+            length = min(config.window, n - start)
+            yield [start], length, length
+        return
     window, stride = min(config.window, n), min(config.stride, config.window)
     yield [0], window, window
     later = list(range(stride, n - window + 1, stride))
@@ -164,30 +229,48 @@ def _windows(n: int, config: EvaluateConfig) -> Iterator[tuple[list[int], int, i
         yield [n - window], window, rest
 
 
-def _score_labelled(model: SpikingLanguageModel, data: LabelledData, config: EvaluateConfig) -> tuple[Scores, str]:
-    examples: list[Example] = getattr(data, config.split)
+def _score_labelled(
+    model: SpikingLanguageModel, data: LabelledData | ClipData, config: EvaluateConfig, activity: Activity | None
+) -> tuple[Scores, str]:
+    examples: Sequence[Example | Clip] = getattr(data, config.split)
     if not examples:
         raise DataError(f"the {config.split} split is empty")
-    logits = classify_examples(model, data.tokenizer, examples, config.window, config.batch_size)
+    logits = classify_examples(model, data, examples, config.window, config.batch_size, activity)
     labels = torch.tensor([example.label for example in examples])
     nll = F.cross_entropy(logits, labels, reduction="none")
-    protocol = f"{len(examples):,} examples of the {config.split} split, cut at {config.window} tokens"
+    unit = "frames" if isinstance(data, ClipData) else "tokens"
+    protocol = f"{len(examples):,} examples of the {config.split} split, cut at {config.window} {unit}"
     return Scores("classification", nll.double().numpy(), labels.numpy(), logits.argmax(-1).numpy()), protocol
 
 
 def classify_examples(
-    model: SpikingLanguageModel, tokenizer: Tokenizer, examples: list[Example], max_tokens: int, batch_size: int
+    model: SpikingLanguageModel,
+    data: LabelledData | ClipData,
+    examples: Sequence[Any],
+    limit: int,
+    batch_size: int,
+    activity: Activity | None = None,
 ) -> torch.Tensor:
-    """Return class logits ``(len(examples), num_classes)``, batching examples of similar length."""
-    encoded = [tokenizer.encode(example.text)[:max_tokens].astype(np.int64) for example in examples]
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    """Return class logits ``(len(examples), num_classes)``, batching examples of similar length.
+
+    ``examples`` are some of ``data``, each cut at ``limit`` tokens or frames. ``activity`` is for clips, whose scores
+    follow every frame: it is told the spikes at the true ones.
+    """
+    order = sorted(range(len(examples)), key=lambda i: data.length(examples[i]))
     device = next(model.parameters()).device
-    rows: list[torch.Tensor | None] = [None] * len(encoded)
+    rows: list[torch.Tensor | None] = [None] * len(examples)
     with evaluating(model):
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
-            tokens, lengths = pad_batch([encoded[i] for i in chosen], tokenizer.pad_id or 0)
-            logits = model.classify(torch.from_numpy(tokens).to(device), torch.from_numpy(lengths).to(device))
+            batch = data.batch([examples[i] for i in chosen], limit)
+            inputs, lengths = (torch.from_numpy(part).to(device) for part in batch)
+            if activity is None:
+                logits = model.classify(inputs, lengths)
+            else:
+                output = model(inputs, return_spikes=True)
+                logits = mean_over_steps(output.logits, lengths)
+                true = torch.arange(inputs.shape[1], device=device) < lengths[:, None]
+                activity.add({site: spikes[true][None] for site, spikes in output.spikes.items()}, int(true.sum()))
             for i, row in zip(chosen, logits.float().cpu(), strict=True):
                 rows[i] = row
     return torch.stack([row for row in rows if row is not None])
@@ -202,6 +285,8 @@ def render(result: dict[str, Any]) -> RenderableType:
     table.add_column("value", justify="right")
     for name, value in result["metrics"].items():
         table.add_row(name.replace("_", " "), f"{value:.4f}")
+    if activity := result.get("activity"):
+        table.add_row("activity (share of units with an event)", f"{activity['mean']:.4f}")
     for name, value in result.get("baselines", {}).items():
-        table.add_row(f"[dim]baseline: {name}, bits per byte", f"[dim]{value:.4f}")
+        table.add_row(f"[dim]baseline: {name}, {result['baseline_unit']}", f"[dim]{value:.4f}")
     return table

@@ -1,7 +1,8 @@
 """Training, in one file: batches, loss, optimizer, schedule, checkpoints, progress, and the way back after a stop.
 
 Which tokens a step sees depends only on the seed and the step's number, so a resumed run sees what the uninterrupted
-one would have seen; with the optimizer's and the random generator's state restored, it is the same run bit for bit.
+one would have seen; with the optimizer's, the random generator's and the carried state restored, it is the same run bit
+for bit.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,16 +25,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from spiking_lm.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
-from spiking_lm.data import LabelledData, TextData
-from spiking_lm.data.sampling import epoch_order, gather, pad_batch, sample_offsets
+from spiking_lm.data import ClipData, LabelledData, TextData
+from spiking_lm.data.sampling import Stream, epoch_order, gather, sample_offsets
 from spiking_lm.errors import DivergedError, InterruptedRunError
 from spiking_lm.evaluation import classify_examples, score_tokens
-from spiking_lm.interfaces import LMOutput, SpikingLanguageModel
+from spiking_lm.interfaces import LMOutput, SpikingLanguageModel, State, detach_state, map_state, mean_over_steps
 from spiking_lm.recipe import Recipe
 from spiking_lm.stages import EvaluateConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 
 if TYPE_CHECKING:
     from spiking_lm.runs import RunDir
+
+AfterStep = Callable[[int, torch.optim.Optimizer], Mapping[str, float]]
 
 SILENT_WARNING = 0.5  # share of a site's channels that may be silent, or saturated, before training says so
 
@@ -46,8 +50,10 @@ def learning_rate(step: int, steps: int, config: ScheduleConfig) -> float:
     done = (step - config.warmup) / max(1, steps - config.warmup)
     if config.type == "cosine":
         return config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * done))
-    left = (1 - done) / config.decay  # wsd: warm-up, stable, linear decay
-    return config.final + (1 - config.final) * min(1.0, left)
+    left = min(1.0, (1 - done) / config.decay)  # wsd: warm-up, stable, decay
+    if config.shape == "cosine":
+        left = 0.5 * (1 - math.cos(math.pi * left))
+    return config.final + (1 - config.final) * left
 
 
 def make_optimizer(model: SpikingLanguageModel, config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -56,106 +62,181 @@ def make_optimizer(model: SpikingLanguageModel, config: OptimizerConfig) -> torc
     return kind(model.parameter_groups(config.weight_decay), lr=config.lr, betas=config.betas, eps=config.eps)
 
 
-class Objective(Protocol):
+class Objective(ABC):
     """What is trained: the loss of one micro-batch, and the score on held-out data."""
 
+    @abstractmethod
     def loss(self, model: SpikingLanguageModel, index: int, *, record: bool) -> tuple[Tensor, LMOutput | None, int]:
         """Return the mean loss of micro-batch ``index``, the model's output if there is one, and its token count."""
 
+    @abstractmethod
     def validate(self, model: SpikingLanguageModel) -> dict[str, float]:
         """Return ``loss`` (nats) and what else describes it."""
 
     def describe(self, loss: float) -> dict[str, float]:
         """Return a training loss in the units that people read."""
+        return {}
+
+    def lr_factor(self, step: int) -> float:
+        """Return by what the learning rate of ``step`` is multiplied, besides the schedule."""
+        return 1.0
+
+    def carried(self) -> list[Tensor]:
+        """Return what the next step takes over from the last one, for a checkpoint."""
+        return []
+
+    def take_up(self, model: SpikingLanguageModel, carried: list[Tensor]) -> None:
+        """Go on with what :meth:`carried` returned."""
+        assert not carried
 
 
-class NextToken:
-    """Causal language modelling: every token from those before it."""
+class NextToken(Objective):
+    """Causal language modelling: every token from those before it, at random places or along columns of the text."""
 
     def __init__(self, data: TextData, config: TrainConfig, seed: int) -> None:
         self.data, self.config, self.seed = data, config, seed
         self.bytes_per_token = data.train.n_bytes / len(data.train.tokens)
+        self.stream: Stream | None = None
+        self.state: State = None
+        if config.sampling == "stream":
+            n, size = len(data.train.tokens), config.batch_size
+            self.stream = Stream(n, size, config.seq_len, seed=seed, jitter=config.jitter)
 
     def loss(self, model: SpikingLanguageModel, index: int, *, record: bool) -> tuple[Tensor, LMOutput | None, int]:
         tokens, length = self.data.train.tokens, self.config.seq_len
-        offsets = sample_offsets(len(tokens), length, self.config.batch_size, seed=self.seed, step=index)
+        if self.stream is None:
+            offsets = sample_offsets(len(tokens), length, self.config.batch_size, seed=self.seed, step=index)
+        else:
+            window = self.stream.window(index)
+            offsets, length = window.offsets, window.length
+            if window.first:
+                self.state = None
         batch = torch.from_numpy(gather(tokens, offsets, length)).to(next(model.parameters()).device)
-        output = model(batch[:, :-1], return_spikes=record)
+        output = model(batch[:, :-1], self.state, return_spikes=record)
+        if self.stream is not None:
+            self.state = detach_state(output.state)
         targets = batch[:, 1:]
         loss = F.cross_entropy(output.logits.float().flatten(0, 1), targets.flatten())
         return loss, output, targets.numel()
 
     def validate(self, model: SpikingLanguageModel) -> dict[str, float]:
-        split = self.data.valid
+        split, length = self.data.valid, self.config.seq_len
         tokens = np.asarray(split.tokens[: self.config.eval_tokens + 1]).astype(np.int64)
-        window = EvaluateConfig(window=2 * self.config.seq_len, stride=self.config.seq_len)
-        nll, _ = score_tokens(model, tokens, window)
+        if self.stream is None:
+            protocol = EvaluateConfig(window=2 * length, stride=length)
+        else:
+            protocol = EvaluateConfig(window=length, carry_state=True)
+        nll, _ = score_tokens(model, tokens, protocol)
         loss = float(nll.mean())
-        return {"loss": loss, "bpb": loss / math.log(2) * len(split.tokens) / split.n_bytes}
+        return {"loss": loss, **self._in_words(loss, split.n_bytes / len(split.tokens))}
 
     def describe(self, loss: float) -> dict[str, float]:
-        return {"bpb": loss / math.log(2) / self.bytes_per_token}
+        return self._in_words(loss, self.bytes_per_token)
+
+    def _in_words(self, loss: float, bytes_per_token: float) -> dict[str, float]:
+        if self.data.tokenizer.lossless:
+            return {"bpb": loss / math.log(2) / bytes_per_token}
+        return {"perplexity": math.exp(min(loss, 700.0))}
+
+    def lr_factor(self, step: int) -> float:
+        """A window shorter than ``seq_len`` moves the weights less, and a longer one more."""
+        if self.stream is None:
+            return 1.0
+        steps = range(step * self.config.accumulate, (step + 1) * self.config.accumulate)
+        return sum(self.stream.window(index).length for index in steps) / (len(steps) * self.config.seq_len)
+
+    def carried(self) -> list[Tensor]:
+        tensors: list[Tensor] = []
+
+        def note(tensor: Tensor) -> Tensor:
+            tensors.append(tensor)
+            return tensor
+
+        map_state(note, self.state)
+        return tensors
+
+    def take_up(self, model: SpikingLanguageModel, carried: list[Tensor]) -> None:
+        if carried:  # the tensors, in the order of the places that a state of this model has
+            device, left = next(model.parameters()).device, iter(carried)
+            self.state = map_state(lambda _: next(left).to(device), model.init_state(self.config.batch_size))
 
 
-class Labels:
+class Labels(Objective):
     """Classification: the label of a text, each example once per epoch."""
 
-    def __init__(self, data: LabelledData, config: TrainConfig, seed: int) -> None:
+    def __init__(self, data: LabelledData | ClipData, config: TrainConfig, seed: int) -> None:
         self.data, self.config, self.seed = data, config, seed
-        self.encoded = [data.tokenizer.encode(e.text)[: config.seq_len].astype(np.int64) for e in data.train]
-        self.pad = data.tokenizer.pad_id or 0
 
     def loss(self, model: SpikingLanguageModel, index: int, *, record: bool) -> tuple[Tensor, LMOutput | None, int]:
-        n, size = len(self.encoded), self.config.batch_size
+        n, size = len(self.data.train), self.config.batch_size
         places = np.arange(index * size, (index + 1) * size)
         orders = {int(epoch): epoch_order(n, self.seed, int(epoch)) for epoch in np.unique(places // n)}
-        chosen = [int(orders[int(place // n)][place % n]) for place in places]
-        tokens, lengths = pad_batch([self.encoded[i] for i in chosen], self.pad)
+        chosen: list[Any] = [self.data.train[int(orders[int(place // n)][place % n])] for place in places]
         device = next(model.parameters()).device
-        logits = model.classify(torch.from_numpy(tokens).to(device), torch.from_numpy(lengths).to(device))
-        labels = torch.tensor([self.data.train[i].label for i in chosen], device=device)
-        output = None
+        inputs, lengths = (torch.from_numpy(part).to(device) for part in self.data.batch(chosen, self.config.seq_len))
+        logits, output = self.score(model, inputs, lengths, record=record)
+        labels = torch.tensor([example.label for example in chosen], device=device)
+        return F.cross_entropy(logits.float(), labels), output, int(lengths.sum())
+
+    def score(
+        self, model: SpikingLanguageModel, inputs: Tensor, lengths: Tensor, *, record: bool
+    ) -> tuple[Tensor, LMOutput | None]:
+        """Return class logits ``(B, num_classes)``, and the model's output when it is to be recorded."""
+        logits, output = model.classify(inputs, lengths), None
         if record:
             with torch.no_grad():  # looked at, not trained on
-                output = model(torch.from_numpy(tokens).to(device), return_spikes=True)
-        return F.cross_entropy(logits.float(), labels), output, int(lengths.sum())
+                output = model(inputs, return_spikes=True)
+        return logits, output
 
     def validate(self, model: SpikingLanguageModel) -> dict[str, float]:
         examples = self.data.valid
-        logits = classify_examples(
-            model, self.data.tokenizer, examples, self.config.seq_len, 4 * self.config.batch_size
-        )
+        logits = classify_examples(model, self.data, examples, self.config.seq_len, 4 * self.config.batch_size)
         labels = torch.tensor([example.label for example in examples])
         hit = float((logits.argmax(-1) == labels).float().mean())
         return {"loss": float(F.cross_entropy(logits, labels)), "accuracy": hit}
 
-    def describe(self, loss: float) -> dict[str, float]:
-        return {}
+
+class Clips(Labels):
+    """Classification of clips of events: one pass gives the scores, the spikes and the auxiliary losses."""
+
+    def score(
+        self, model: SpikingLanguageModel, inputs: Tensor, lengths: Tensor, *, record: bool
+    ) -> tuple[Tensor, LMOutput | None]:
+        output: LMOutput = model(inputs, lengths=lengths, return_spikes=record)
+        return mean_over_steps(output.logits, lengths), output
 
 
 def train(
     run: RunDir,
     recipe: Recipe,
     model: SpikingLanguageModel,
-    data: TextData | LabelledData,
+    data: TextData | LabelledData | ClipData,
     *,
     resume_from: Path | None = None,
     console: Console | None = None,
+    config: TrainConfig | None = None,
+    first_step: int = 0,
+    after_step: AfterStep | None = None,
 ) -> SpikingLanguageModel:
     """Train ``model`` as ``recipe.train`` says, logging and saving into ``run``; ``resume_from`` is a checkpoint.
 
+    A later stage that goes on training gives its own ``config``, whose ``steps`` count from the very first one; the
+    ``first_step`` from which its schedule counts; and ``after_step``, called with the steps done and the optimizer,
+    which returns facts to log.
+
     Raises InterruptedRunError on Ctrl-C (after saving), DivergedError when loss or gradient is no longer finite.
     """
-    config = recipe.train
+    config = config or recipe.train
     assert config is not None
     console = console or Console(stderr=True)
     objective: Objective
-    objective = (NextToken if isinstance(data, TextData) else Labels)(data, config, recipe.seed)  # type: ignore[arg-type]
+    kind = NextToken if isinstance(data, TextData) else Clips if isinstance(data, ClipData) else Labels
+    objective = kind(data, config, recipe.seed)  # type: ignore[arg-type]
     optimizer = make_optimizer(model, config.optimizer)
     start, elapsed, threads = 0, 0.0, config.threads
     torch.manual_seed(recipe.seed)
     if resume_from is not None:
-        start, elapsed, threads = _restore(resume_from, model, optimizer)
+        start, elapsed, threads = _restore(resume_from, model, optimizer, objective)
         console.print(f"resuming after step {start:,} from {resume_from}")
 
     def save(step: int) -> Path:
@@ -165,6 +246,7 @@ def train(
             "threads": torch.get_num_threads(),
             "optimizer": optimizer.state_dict(),
             "torch_rng": torch.get_rng_state(),
+            "carried": objective.carried(),
         }
         return save_checkpoint(run.path, step, model, state, tokenizer=data.tokenizer, keep=config.keep)
 
@@ -174,9 +256,10 @@ def train(
             tick = time.perf_counter()
             last = step + 1 == config.steps
             log = (step + 1) % config.log_every == 0 or last or step == start
-            scale = learning_rate(step, config.steps, config.schedule)
+            share = learning_rate(step - first_step, config.steps - first_step, config.schedule)
+            lr = config.optimizer.lr * share * objective.lr_factor(step)
             for group in optimizer.param_groups:
-                group["lr"] = config.optimizer.lr * scale
+                group["lr"] = lr * group.get("lr_scale", 1.0)
             model.train()
             loss, tokens, output = _backward(model, objective, config, step, record=log)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
@@ -184,16 +267,18 @@ def train(
                 raise _diverged(run, step, loss, float(norm))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            more = after_step(step + 1, optimizer) if after_step is not None else {}
             duration = time.perf_counter() - tick
             elapsed += duration
             facts: dict[str, Any] = {
                 "step": step + 1,
                 "loss": loss,
                 **objective.describe(loss),
-                "lr": config.optimizer.lr * scale,
+                "lr": lr,
                 "grad_norm": float(norm),
                 "tokens_per_s": tokens / duration,
                 "elapsed_s": elapsed,
+                **more,
             }
             if log:
                 facts.update(watch.look(output, step + 1))
@@ -231,12 +316,15 @@ def _backward(
     return total, tokens, output
 
 
-def _restore(path: Path, model: SpikingLanguageModel, optimizer: torch.optim.Optimizer) -> tuple[int, float, int]:
-    """Load weights, optimizer and random state from a checkpoint; return its steps, its seconds and its threads."""
+def _restore(
+    path: Path, model: SpikingLanguageModel, optimizer: torch.optim.Optimizer, objective: Objective
+) -> tuple[int, float, int]:
+    """Load weights, optimizer, random and carried state from a checkpoint; return its steps, seconds and threads."""
     saved, state = load_checkpoint(path)
     model.load_state_dict(saved.state_dict())
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["torch_rng"])
+    objective.take_up(model, state.get("carried", []))
     return int(state["step"]), float(state["elapsed_s"]), int(state["threads"])
 
 
@@ -332,14 +420,15 @@ class _Display:
 
     def step(self, facts: dict[str, Any]) -> None:
         """Show one finished step."""
-        name = "bpb" if "bpb" in facts else "loss"
+        name = next(name for name in ("bpb", "perplexity", "loss") if name in facts)
         self.smooth = facts[name] if self.smooth is None else 0.95 * self.smooth + 0.05 * facts[name]
         speed = facts["tokens_per_s"]
         self.speed = speed if self.speed is None else 0.95 * self.speed + 0.05 * speed
         if facts.get("rates"):
             self.rate = sum(facts["rates"].values()) / len(facts["rates"])
         firing = "" if math.isnan(self.rate) else f"  firing {self.rate:.2f}"
-        words = f"{name} {self.smooth:.3f}  {self.speed:,.0f} tok/s{firing}  lr {facts['lr']:.1e}"
+        pruned = f"  pruned {facts['sparsity']:.0%}" if "sparsity" in facts else ""
+        words = f"{name} {self.smooth:.3f}  {self.speed:,.0f} tok/s{firing}{pruned}  lr {facts['lr']:.1e}"
         self.bar.update(self.task, completed=facts["step"], facts=words)
         if not self.console.is_terminal and facts["step"] % max(1, self.steps // 20) == 0:
             self.console.print(f"step {facts['step']:>6,}/{self.steps:,}  {words}", highlight=False)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import spiking_lm
 from spiking_lm import data as datasets
 from spiking_lm.errors import DataError, UnknownNameError
-from spiking_lm.evaluation import Scores, _windows, accuracy, evaluate, macro_f1, render, score_tokens
+from spiking_lm.evaluation import Activity, Scores, _windows, accuracy, evaluate, macro_f1, render, score_tokens
 from spiking_lm.stages import EvaluateConfig
 
 
@@ -101,3 +101,58 @@ def test_classification_metrics_by_counting(pairs: list[tuple[int, int]]) -> Non
         recall = tp / sum(a == label for a, _ in pairs)
         f1.append(0.0 if tp == 0 else 2 * precision * recall / (precision + recall))
     assert macro_f1(scores)["macro_f1"] == pytest.approx(sum(f1) / len(f1))
+
+
+@given(n=st.integers(2, 120), window=st.integers(1, 40))
+def test_carried_state_makes_any_windows_one_pass(model: Any, n: int, window: int) -> None:
+    tokens = np.random.default_rng(n).integers(0, 256, n)
+    nll, predicted = score_tokens(model, tokens, EvaluateConfig(window=window, carry_state=True))
+    with torch.no_grad():
+        log_p = torch.log_softmax(model.eval()(torch.from_numpy(tokens[:-1])[None]).logits[0], -1)
+    expected = -log_p[torch.arange(n - 1), torch.from_numpy(tokens[1:])].numpy()
+    np.testing.assert_allclose(nll, expected, rtol=1e-4, atol=1e-5)
+    assert (predicted == log_p.argmax(-1).numpy()).mean() > 0.98  # a tie may fall either way
+
+
+def test_without_the_state_it_is_another_score(model: Any) -> None:
+    tokens = np.random.default_rng(1).integers(0, 256, 60)
+    carried, _ = score_tokens(model, tokens, EvaluateConfig(window=10, carry_state=True))
+    dropped, _ = score_tokens(model, tokens, EvaluateConfig(window=10, stride=10))
+    np.testing.assert_allclose(carried[:10], dropped[:10], rtol=1e-5)
+    assert not np.allclose(carried[10:20], dropped[10:20], rtol=1e-3)
+
+
+@pytest.mark.parametrize("carry_state", [False, True])
+def test_activity_counts_every_scored_token_once(model: Any, carry_state: bool) -> None:
+    tokens = np.random.default_rng(2).integers(0, 256, 101)
+    activity = Activity()
+    config = EvaluateConfig(window=30, stride=20, batch_size=2, carry_state=carry_state)
+    with_spikes, _ = score_tokens(model, tokens, config, activity)
+    without, _ = score_tokens(model, tokens, config)
+    assert (with_spikes == without).all(), "looking at the spikes changed the score"
+    sites = {site.name: 16 for site in model.spike_sites()}
+    assert activity.places == {site: 100 * size for site, size in sites.items()}
+    rates = activity.to_dict()
+    assert set(rates["sites"]) == set(sites)
+    assert rates["mean"] == pytest.approx(np.mean(list(rates["sites"].values())))
+    if carry_state:
+        spikes = model.eval()(torch.from_numpy(tokens[:-1])[None], return_spikes=True).spikes
+        for site, rate in rates["sites"].items():
+            assert rate == pytest.approx(float((spikes[site] != 0).float().mean()), abs=1e-6)
+
+
+def test_words_are_scored_as_perplexity_beside_kneser_ney_models(model: Any) -> None:
+    tokenizer = {"type": "word", "split": "punctuation", "min_count": 200, "eos": False}
+    data = datasets.load({"type": "austen3", "tokenizer": tokenizer})
+    assert data.tokenizer.vocab_size <= 256
+    config = EvaluateConfig(split="valid", window=35, carry_state=True, max_tokens=500)
+    result = evaluate(model, data, config)
+    assert set(result["metrics"]) == {"perplexity", "accuracy"}
+    assert list(result["baselines"]) == ["Kneser-Ney bigram", "Kneser-Ney trigram"]
+    assert result["baseline_unit"] == "perplexity"
+    assert 1 < result["baselines"]["Kneser-Ney trigram"] < result["baselines"]["Kneser-Ney bigram"] < 256
+    unknown = (data.valid.tokens[1:500] == data.tokenizer.unk_id).mean()
+    assert f"499 tokens of the valid split ({unknown:.2%} of them <unk>; no bits per byte" in result["protocol"]
+    assert "in one pass; windows of 35 without overlap, batch 1, state carried" in result["protocol"]
+    assert 0 < result["activity"]["mean"] < 1
+    assert render(result)

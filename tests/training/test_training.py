@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 import signal
@@ -19,7 +20,7 @@ from rich.console import Console
 import spiking_lm
 from spiking_lm import data as datasets
 from spiking_lm.checkpoints import latest_checkpoint
-from spiking_lm.errors import DivergedError, InterruptedRunError
+from spiking_lm.errors import DivergedError, InterruptedRunError, RecipeError
 from spiking_lm.recipe import Recipe, load_recipe
 from spiking_lm.runs import RunDir, build_model
 from spiking_lm.stages import ScheduleConfig
@@ -49,9 +50,10 @@ def run_training(recipe: Recipe, text: Any, folder: Path, **options: Any) -> tup
     warmup=st.integers(0, 100),
     final=st.floats(0, 1),
     kind=st.sampled_from(["cosine", "wsd", "constant"]),
+    shape=st.sampled_from(["linear", "cosine"]),
 )
-def test_schedule_stays_between_its_ends(steps: int, warmup: int, final: float, kind: str) -> None:
-    config = ScheduleConfig(type=kind, warmup=warmup, final=final)
+def test_schedule_stays_between_its_ends(steps: int, warmup: int, final: float, kind: str, shape: str) -> None:
+    config = ScheduleConfig(type=kind, warmup=warmup, final=final, shape=shape)
     rates = [learning_rate(step, steps, config) for step in range(steps)]
     assert all(0 <= rate <= 1 + 1e-12 for rate in rates)
     assert all(a <= b for a, b in pairwise(rates[:warmup])), "warm-up rises"
@@ -66,6 +68,13 @@ def test_schedule_is_the_published_one(shared: Path) -> None:
     config = ScheduleConfig(type="cosine", final=1e-5 / 6e-4)
     got = [6e-4 * learning_rate(step, len(wanted), config) for step in range(len(wanted))]
     np.testing.assert_allclose(got, wanted, atol=1e-12, rtol=0)
+
+
+def test_a_constant_rate_that_ends_in_a_cosine() -> None:
+    config = ScheduleConfig(type="wsd", decay=0.25, shape="cosine")
+    rates = [learning_rate(step, 400, config) for step in range(400)]
+    assert rates[:301] == [1.0] * 301
+    np.testing.assert_allclose(rates[300:], [0.5 * (1 + math.cos(math.pi * i / 100)) for i in range(100)], atol=1e-12)
 
 
 def test_resuming_is_the_uninterrupted_run(text: Any, tmp_path: Path) -> None:
@@ -222,3 +231,105 @@ def test_model_is_made_from_the_seed(text: Any) -> None:
     first, second = build_model(recipe, text), build_model(recipe, text)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert isinstance(first, spiking_lm.interfaces.SpikingLanguageModel)
+
+
+def stream_recipe(**train_settings: Any) -> Recipe:
+    return tiny_recipe(sampling="stream", **train_settings)
+
+
+def test_resuming_a_stream_takes_up_the_carried_state(text: Any, tmp_path: Path) -> None:
+    recipe = stream_recipe(save_every=4, jitter="true", accumulate=2)
+    run, whole = run_training(recipe, text, tmp_path / "whole")
+    half = run.path / "checkpoints" / "step-000004"
+    assert recipe.train is not None
+
+    def resume(folder: str) -> tuple[RunDir, Any]:
+        other = RunDir.create(recipe, tmp_path / folder)
+        torch.manual_seed(12345)
+        fresh = build_model(recipe, text)
+        return other, train(other, recipe, fresh, text, resume_from=half, console=Console(file=io.StringIO()))
+
+    other, resumed = resume("resumed")
+    for (name, a), (_, b) in zip(whole.state_dict().items(), resumed.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+    logged = [
+        [(entry["loss"], entry["lr"]) for entry in r.metrics() if entry["split"] == "train" and entry["step"] > 4]
+        for r in (run, other)
+    ]
+    assert logged[0] == logged[1]
+    assert len(logged[0]) == 4
+
+    with pytest.MonkeyPatch.context() as patch:  # and without the carried state it is another run
+        patch.setattr("spiking_lm.training.NextToken.take_up", lambda *_: None)
+        _, forgetful = resume("forgetful")
+    assert any(not torch.equal(a, b) for a, b in zip(whole.parameters(), forgetful.parameters(), strict=True))
+
+
+def test_a_stream_carries_the_state_without_its_graph_and_drops_it_at_the_top(text: Any) -> None:
+    from spiking_lm.training import NextToken
+
+    short = dataclasses.replace(text, train=dataclasses.replace(text.train, tokens=text.train.tokens[:100]))
+    recipe = stream_recipe()
+    assert recipe.train is not None
+    model = build_model(recipe, text).eval()
+    objective = NextToken(short, recipe.train, seed=0)
+    columns = torch.from_numpy(short.train.tokens.astype(np.int64)).view(2, 50)
+    with torch.no_grad():
+        logits = model(columns[:, :-1]).logits
+    expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), columns[:, 1:], reduction="none")
+    for index, (start, end) in enumerate([(0, 16), (16, 32), (32, 48), (48, 49), (0, 16)]):
+        loss, output, count = objective.loss(model, index, record=False)
+        torch.testing.assert_close(loss.detach(), expected[:, start:end].mean(), rtol=1e-4, atol=1e-5)
+        assert (count, objective.lr_factor(index)) == (2 * (end - start), (end - start) / 16)
+        assert output is not None
+        assert output.logits.requires_grad
+        assert all(not tensor.requires_grad for tensor in objective.carried())
+    fresh = NextToken(short, recipe.train, seed=0).loss(model, 0, record=False)[0]
+    assert float(loss.detach()) == float(fresh.detach()), "the second pass began with the state of the first"
+
+
+def test_a_stream_is_validated_in_one_pass(text: Any) -> None:
+    from spiking_lm.training import NextToken
+
+    recipe = stream_recipe(eval_tokens=40)
+    assert recipe.train is not None
+    model = build_model(recipe, text).eval()
+    tokens = torch.from_numpy(text.valid.tokens[:41].astype(np.int64))[None]
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(model(tokens[:, :-1]).logits[0], tokens[0, 1:])
+    score = NextToken(text, recipe.train, seed=0).validate(model)
+    assert score["loss"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_jitter_needs_a_stream() -> None:
+    with pytest.raises(RecipeError, match="jitter is for sampling: stream"):
+        tiny_recipe(jitter="true")
+
+
+def test_a_group_may_have_its_own_rate(text: Any, tmp_path: Path) -> None:
+    """A factor of 0 freezes a group, another one scales its first Adam step."""
+    recipe = tiny_recipe(steps=1, grad_clip="null", **{"schedule.warmup": 0, "optimizer.weight_decay": 0})
+    model = build_model(recipe, text)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    by_name = dict(model.named_parameters())
+    factors = {"head.weight": 0.0, "emb.weight": 0.25}
+    groups = [
+        {"params": [p], **({"lr_scale": factors[name]} if name in factors else {})} for name, p in by_name.items()
+    ]
+    model.parameter_groups = lambda weight_decay: groups
+    train(RunDir.create(recipe, tmp_path), recipe, model, text, console=Console(file=io.StringIO()))
+    moved = {name: float((p.detach() - before[name]).abs().max()) for name, p in by_name.items()}
+    lr = recipe.train.optimizer.lr  # type: ignore[union-attr]
+    assert moved["head.weight"] == 0
+    assert moved["emb.weight"] == pytest.approx(0.25 * lr, rel=0.05)  # float32 weights
+    assert max(moved.values()) == pytest.approx(lr, rel=0.05)
+
+
+def test_words_are_reported_as_perplexity(tmp_path: Path) -> None:
+    recipe = tiny_recipe(steps=2).model_copy(
+        update={"data": {"type": "austen3", "tokenizer": {"type": "word", "min_count": 50}}}
+    )
+    run, _ = run_training(recipe, datasets.load(recipe.data), tmp_path)
+    for entry in run.metrics():
+        assert "bpb" not in entry
+        assert entry["perplexity"] == pytest.approx(math.exp(entry["loss"]))
