@@ -19,7 +19,7 @@ def page(root: Path) -> str:
 @pytest.mark.parametrize("kind", ["datasets", "tokenizers"])
 def test_every_name_and_option_is_listed(page: str, kind: str) -> None:
     rows = [line for line in page.splitlines() if line.startswith("| `")]
-    listed = {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    listed = {name for row in rows for name in re.findall(r"`([\w-]+)`", row.split("|")[1])}
     ours = {name: entry for name, entry in registry.all(kind).items() if entry.plugin.name == "core"}
     assert set(ours) <= listed
     for entry in ours.values():
