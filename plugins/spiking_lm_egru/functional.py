@@ -152,20 +152,25 @@ def egru(
         keep=keep,
         zoneout=p.zoneout,
     )
-    trace = _trace(y, state.trace, final_only=not return_sequences)
     if return_sequences:
-        return y.to(x.dtype), EGRUState(c, y, trace, o)
+        return y.to(x.dtype), EGRUState(c, y, _traces(y, state.trace), o)
     if n_steps == 0:
         return y.to(x.dtype), state
-    return y.to(x.dtype), EGRUState(c[-1], y[-1], trace, o[-1])
+    return y.to(x.dtype), EGRUState(c[-1], y[-1], _last_trace(y, state.trace), o[-1])
 
 
-def _trace(y: Tensor, trace: Tensor, *, final_only: bool) -> Tensor:
-    """Return the trace of ``y (T, B, H)`` from the state ``trace``: a leaky integrator that never fires."""
-    if y.shape[0] == 1 and final_only:  # a step of decoding
-        return torch.lerp(trace.to(y.dtype), y[0], 1 - TRACE_DECAY)
-    _, traces = lif_scan(y, trace, beta=TRACE_DECAY, gain=1 - TRACE_DECAY, threshold=math.inf, final_only=final_only)
+def _traces(y: Tensor, trace: Tensor) -> Tensor:
+    """Return the trace after every step of ``y (T, B, H)``: a leaky integrator that never fires."""
+    _, traces = lif_scan(y, trace, beta=TRACE_DECAY, gain=1 - TRACE_DECAY, threshold=math.inf)
     return traces
+
+
+def _last_trace(y: Tensor, trace: Tensor) -> Tensor:
+    """Return the trace after the last step, as one weighted sum."""
+    n_steps = y.shape[0]
+    weights = torch.pow(TRACE_DECAY, torch.arange(n_steps - 1, -1, -1, device=y.device, dtype=y.dtype))
+    added = torch.mv(y.flatten(1).t(), weights).view_as(y[0])
+    return added.mul(1 - TRACE_DECAY).add(trace, alpha=TRACE_DECAY**n_steps)
 
 
 @lru_cache(maxsize=1)

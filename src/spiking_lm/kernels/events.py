@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spiking_lm.kernels import products
+
 GEMM_RATE = 60e9
 """Floating-point operations per second of a dense product, per thread."""
 STREAM_RATE = 20e9
@@ -59,7 +61,7 @@ def linear(x: Tensor, weight_t: Tensor, bias: Tensor) -> Tensor:
         active = x.nonzero()
         if cheaper_product(rows, sources, targets, active.shape[0], size) == "event":
             return _gather(x, active, weight_t, bias)
-    return torch.addmm(bias, x, weight_t)
+    return products.linear(x, weight_t, bias)
 
 
 def _gather(x: Tensor, active: Tensor, weight_t: Tensor, bias: Tensor | None) -> Tensor:

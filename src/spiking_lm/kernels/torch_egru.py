@@ -6,8 +6,9 @@ gradients, the reverse step is::
     dP_t = (o + s p) dY_t + (1 - s threshold) dC_t + s do_t
     dQ_t = (k_z, k_r, k_q) dP_t        dY_{t-1} += dQ_t R^T        dC_{t-1} += k_c dP_t
 
-where all that multiplies a gradient is known before the loop, for all steps at once. The gradients of weights, biases
-and thresholds are one product or sum each after the loop.
+where all that multiplies a gradient is known before the loop, for all steps at once. dC is not needed in the loop: what
+it hands from dP_t to dP_{t-1} is a known factor too. The gradients of weights, biases and thresholds are one product or
+sum each after the loop.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from spiking_lm.kernels.events import linear
+from spiking_lm.kernels.products import adder, product
 from spiking_lm.kernels.reference import compute_dtype
 
 _DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -113,9 +115,10 @@ class _EGRUScan(torch.autograd.Function):
         z_r, q_g, a_g = gates[..., : 2 * hidden], gates[..., 2 * hidden :], a[..., 2 * hidden :]
         z, r = z_r.chunk(2, -1)
         steps = (x.unbind(0) for x in (gates, z_r, z, r, q_g, a_g, g, p, y, c, o))
+        add_product = adder(kernel, batch)
         y_last, c_last = y0, c0
         for t, (gates_t, z_r_t, z_t, r_t, q_t, a_t, g_t, p_t, y_t, c_t, o_t) in enumerate(zip(*steps, strict=True)):
-            gates_t.addmm_(y_last, kernel)
+            add_product(gates_t, y_last)
             z_r_t.sigmoid_()
             torch.addcmul(a_t, r_t, q_t, out=g_t).tanh_()
             torch.lerp(g_t, c_last, z_t, out=p_t)
@@ -139,11 +142,10 @@ class _EGRUScan(torch.autograd.Function):
         kernel, theta, c0, y0, keep, gates, g, p, y, c = ctx.saved_tensors
         zoneout, gamma, epsilon = ctx.options
         n_steps, batch, hidden = p.shape
-        # Total gradients of y and c; those of the initial state come first.
-        gy, gc = (p.new_empty((n_steps + 1, batch, hidden)) for _ in range(2))
-        for total, given in ((gy, dy), (gc, dc)):
-            total[0] = 0
-            total[1:] = 0 if given is None else given
+        # Total gradients of y, that of the initial one first: the loop adds to them what comes through the recurrence.
+        gy = p.new_empty((n_steps + 1, batch, hidden))
+        gy[0] = 0
+        gy[1:] = 0 if dy is None else dy
 
         v = p - theta
         fires = v > 0
@@ -151,6 +153,8 @@ class _EGRUScan(torch.autograd.Function):
         dp_dc = torch.mul(slope, theta).neg_().add_(1)
         dp_dy = torch.mul(slope, p).add_(fires)
         gp = torch.zeros_like(p) if do is None else slope.mul_(do)
+        if dc is not None:
+            gp.addcmul_(dp_dc, dc)
 
         z, r, q_g = gates.chunk(3, -1)
         updates = 1 - z
@@ -168,20 +172,24 @@ class _EGRUScan(torch.autograd.Function):
         torch.mul(into_g, r, out=k_q)
         torch.mul(k_q, q_g, out=k_r).mul_(1 - r)
 
-        transposed = kernel.t()
-        three = gq.view(n_steps, batch, 3, hidden).unbind(0)
-        gys, gcs = gy.unbind(0), gc.unbind(0)
-        gqs, gps, dcs, dys, carried = (x.unbind(0) for x in (gq, gp, dp_dc, dp_dy, carries))
+        # dP_t takes what it gets through c from dP_{t+1} directly; the last step has no next one.
+        dp_dp = dp_dc[:-1].mul_(carries[1:]).unbind(0)
+        add_product = adder(kernel.t(), batch)
+        gys, gqs, gps, dp_dys = (x.unbind(0) for x in (gy, gq, gp, dp_dy))
+        gates_of, gps_of = gq.view(n_steps, batch, 3, hidden).unbind(0), gp.unsqueeze(2).unbind(0)
         for t in reversed(range(n_steps)):
-            gp_t = gps[t].addcmul_(dys[t], gys[t + 1]).addcmul_(dcs[t], gcs[t + 1])
-            three[t].mul_(gp_t.unsqueeze(1))
-            gys[t].addmm_(gqs[t], transposed)
-            gcs[t].addcmul_(carried[t], gp_t)
+            gps[t].addcmul_(dp_dys[t], gys[t + 1])
+            if t + 1 < n_steps:
+                gps[t].addcmul_(dp_dp[t], gps[t + 1])
+            gates_of[t].mul_(gps_of[t])
+            add_product(gys[t], gqs[t])
 
         ga = gq.clone()
         torch.mul(into_g, gp, out=ga[..., 2 * hidden :])
-        g_kernel = y0.t() @ gq[0] if n_steps else torch.zeros_like(kernel)
-        if n_steps > 1:
-            g_kernel.addmm_(y[:-1].flatten(0, 1).t(), gq[1:].flatten(0, 1))
-        g_theta = torch.where(fires, gy[1:], gc[1:]).sub_(gp).sum((0, 1))
-        return ga, g_kernel, gq.sum((0, 1)), g_theta, gc[0], gy[0], None, None, None, None
+        g_kernel = product(torch.cat((y0.unsqueeze(0), y))[:-1].flatten(0, 1).t(), gq.flatten(0, 1))
+        carries.mul_(gp)
+        gc = torch.zeros_like(p) if dc is None else dc.clone()
+        gc[:-1].add_(carries[1:])
+        g_c0 = carries[0] if n_steps else torch.zeros_like(c0)
+        g_theta = torch.where(fires, gy[1:], gc).sub_(gp).sum((0, 1))
+        return ga, g_kernel, gq.sum((0, 1)), g_theta, g_c0, gy[0], None, None, None, None
