@@ -24,9 +24,9 @@ def command(
     json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
     """Score a model on text, or on labelled examples, that it has not seen."""
-    from spiking_lm.checkpoints import resolve_model
+    from spiking_lm.checkpoints import load_model, resolve_model
     from spiking_lm.cli._output import console, errors, print_json
-    from spiking_lm.cli.generate import load_model_and_tokenizer
+    from spiking_lm.cli.generate import tokenizer_of
     from spiking_lm.config import parse_config
     from spiking_lm.errors import UsageError
     from spiking_lm.evaluation import evaluate, render
@@ -36,7 +36,8 @@ def command(
     folder = resolve_model(model)
     recipe_file = next((f / "recipe.yaml" for f in folder.parents[:2] if (f / "recipe.yaml").is_file()), None)
     recipe = load_recipe(recipe_file) if recipe_file else None
-    network, tokenizer = load_model_and_tokenizer(folder)
+    network = load_model(folder)
+    tokenizer = None if "clips" in network.capabilities else tokenizer_of(network, folder)
 
     stage = recipe.evaluate if recipe and recipe.evaluate else EvaluateConfig()
     if data is not None:  # a limit that the recipe sets is meant for its own data
@@ -48,6 +49,8 @@ def command(
     if data is not None:
         config_data = _described(data)
         if config_data is None:
+            if tokenizer is None:
+                raise UsageError(f"{folder} holds a model that reads clips of events, and {data} is text")
             texts, config = _text_file(Path(data), tokenizer), config.model_copy(update={"split": "test"})
         else:
             texts = _load(config_data, folder, errors)
@@ -79,8 +82,11 @@ def _described(data: str) -> dict[str, Any] | None:
 
 def _load(config: dict[str, Any], folder: Path, console: Any) -> Any:
     """Load data with the tokenizer that was saved with the model: one trained afresh might number tokens otherwise."""
+    from spiking_lm import registry
     from spiking_lm.runs import load_data
 
+    if registry.get("datasets", config["type"]).spec.task == "clips":
+        return load_data(config, console)
     saved = folder / "tokenizer.json"
     tokenizer: dict[str, Any] = {"type": "byte"}
     if saved.is_file():

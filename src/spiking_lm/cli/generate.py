@@ -69,22 +69,34 @@ def command(
 
 
 def load_model_and_tokenizer(path: Path) -> tuple[Any, Any]:
-    """Load what ``path`` means and its tokenizer; bytes stand in for a tokenizer that a 256-token model lacks."""
+    """Load the language model that ``path`` means, and its tokenizer."""
     from spiking_lm.checkpoints import load_model, resolve_model
-    from spiking_lm.data import create_tokenizer, load_tokenizer
-    from spiking_lm.errors import CheckpointError
+    from spiking_lm.errors import UsageError
 
     folder = resolve_model(path)
     model = load_model(folder)
+    if "clips" in model.capabilities:
+        raise UsageError(
+            f"{folder} holds a {model.config.model_type} model, which reads clips of events and no text",
+            hint="spiking-lm eval scores it",
+        )
+    return model, tokenizer_of(model, folder)
+
+
+def tokenizer_of(model: Any, folder: Path) -> Any:
+    """Load the tokenizer that was saved with a model; bytes stand in for one that a 256-token model lacks."""
+    from spiking_lm.data import create_tokenizer, load_tokenizer
+    from spiking_lm.errors import CheckpointError
+
     if (folder / "tokenizer.json").is_file():
-        return model, load_tokenizer(folder / "tokenizer.json")
+        return load_tokenizer(folder / "tokenizer.json")
     vocab_size = getattr(model.config, "vocab_size", None)
     if vocab_size != 256:
         raise CheckpointError(
             f"{folder} has no tokenizer.json",
             hint=f"spiking-lm convert {folder} OUT --tokenizer FILE adds it to a copy",
         )
-    return model, create_tokenizer({"type": "byte"})
+    return create_tokenizer({"type": "byte"})
 
 
 def spikes_per_token(model: Any, tokenizer: Any, text: str) -> float:
