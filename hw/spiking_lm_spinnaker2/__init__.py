@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from spiking_lm import hookimpl
 from spiking_lm.hookspecs import Register
-from spiking_lm.records import BackendSpec, BenchmarkSpec
+from spiking_lm.records import BackendSpec, BenchmarkSpec, DoctorSpec
 
 SPIKING_LM_API = 1
 
@@ -36,5 +36,16 @@ def spiking_lm_benchmarks(register: Register) -> None:
             name="spinnaker2-simulator",
             summary="speed of the embedded simulator",
             function="spiking_lm_spinnaker2.bench:bench_simulator",
+        )
+    )
+
+
+@hookimpl
+def spiking_lm_doctor(register: Register) -> None:
+    register(
+        DoctorSpec(
+            name="py-spinnaker2",
+            summary="can LIF networks run on a SpiNNaker 2 chip from here?",
+            function="spiking_lm_spinnaker2.native:check_py_spinnaker2",
         )
     )
