@@ -307,10 +307,10 @@ def _too_large(
         least = [fewest(demand) for demand in demands.values()]
         return None not in least and others + sum(n for n in least if n is not None) <= room
 
-    chips = f"{config.chips} chip{'s' if config.chips > 1 else ''}"
+    chips = "the chip has" if config.chips == 1 else f"{config.chips} chips have"
     return LoweringError(
-        f"{demand.name} does not fit: its {demand.total} bytes take {counts[demand.name]} PEs, {chips} of "
-        f"{config.pes_per_chip} have {room - taken} left; the model takes {needed} PEs in all",
+        f"{demand.name} does not fit: its {demand.total} bytes take {counts[demand.name]} PEs, of {room} {chips} "
+        f"{room - taken} left; the model takes {needed} in all",
         hint=_mend(layers, config, fits, demand.name, chips=-(-needed // config.pes_per_chip)),
     )
 
@@ -340,5 +340,5 @@ def _mend(
         ways.append("storage=csr with a pruned model")
     if not any(layer.name == name for layer in layers):
         ways.append("leaving it on the host")
-    less = "numerics=int8 takes less memory" if config.numerics == "fp32" else "use a smaller model"
-    return f"would fit: {', or '.join(ways)}; {less}" if ways else less
+    less = ["numerics=int8 takes less memory"] if config.numerics == "fp32" else []
+    return "; ".join([f"would fit: {', or '.join(ways)}", *less] if ways else less) or "use a smaller model"

@@ -148,7 +148,7 @@ def test_stages_follow_one_another_over_chips() -> None:
 def test_too_large_says_which_layer_how_many_bytes_and_what_would_fit() -> None:
     layers = [uniform("rnns.0", 100, 300, 1.0), uniform("rnns.1", 300, 300, 1.0)]
     with pytest.raises(
-        LoweringError, match=r"rnns\.1 does not fit: its \d{7} bytes take \d+ PEs, 1 chip of 40"
+        LoweringError, match=r"rnns\.1 does not fit: its \d{7} bytes take 50 PEs, of 40 the chip has"
     ) as error:
         placed(layers, pes_per_chip=40)
     hint = error.value.hint
