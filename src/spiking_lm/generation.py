@@ -67,7 +67,7 @@ def iterate(
     ``seed`` None draws from torch's global generator.
     """
     if prompt_ids.numel() == 0:
-        raise UsageError("the prompt is empty", hint="give at least one token, for instance a newline")
+        raise UsageError("the prompt is empty", hint="give at least one token, for instance a word")
     generator = None if seed is None else torch.Generator(prompt_ids.device).manual_seed(seed)
     with evaluating(model):
         output = model(prompt_ids, state)

@@ -27,7 +27,7 @@ from torch import Tensor
 from spiking_lm.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
 from spiking_lm.data import ClipData, LabelledData, TextData
 from spiking_lm.data.sampling import Stream, epoch_order, gather, sample_offsets
-from spiking_lm.errors import DivergedError, InterruptedRunError
+from spiking_lm.errors import ConfigError, DivergedError, InterruptedRunError
 from spiking_lm.evaluation import classify_examples, score_tokens
 from spiking_lm.interfaces import LMOutput, SpikingLanguageModel, State, detach_state, map_state, mean_over_steps
 from spiking_lm.recipe import Recipe
@@ -165,6 +165,10 @@ class Labels(Objective):
     """Classification: the label of a text, each example once per epoch."""
 
     def __init__(self, data: LabelledData | ClipData, config: TrainConfig, seed: int) -> None:
+        if config.sampling == "stream":
+            raise ConfigError(
+                "train.sampling: stream is for texts; labelled examples have no order", hint="leave it out"
+            )
         self.data, self.config, self.seed = data, config, seed
 
     def loss(self, model: SpikingLanguageModel, index: int, *, record: bool) -> tuple[Tensor, LMOutput | None, int]:

@@ -20,7 +20,7 @@ from rich.console import Console
 import spiking_lm
 from spiking_lm import data as datasets
 from spiking_lm.checkpoints import latest_checkpoint
-from spiking_lm.errors import DivergedError, InterruptedRunError, RecipeError
+from spiking_lm.errors import ConfigError, DivergedError, InterruptedRunError, RecipeError
 from spiking_lm.recipe import Recipe, load_recipe
 from spiking_lm.runs import RunDir, build_model
 from spiking_lm.stages import ScheduleConfig
@@ -304,6 +304,12 @@ def test_a_stream_is_validated_in_one_pass(text: Any) -> None:
 def test_jitter_needs_a_stream() -> None:
     with pytest.raises(RecipeError, match="jitter is for sampling: stream"):
         tiny_recipe(jitter="true")
+
+
+def test_labelled_examples_are_no_stream(tmp_path: Path) -> None:
+    recipe = load_recipe("spikegpt/authors4", ["train.sampling=stream"])
+    with pytest.raises(ConfigError, match="stream is for texts"):
+        run_training(recipe, datasets.load(recipe.data), tmp_path)
 
 
 def test_a_group_may_have_its_own_rate(text: Any, tmp_path: Path) -> None:
