@@ -12,8 +12,11 @@ if TYPE_CHECKING:
 
 
 def command(
-    only: list[str] = typer.Option([], "--only", metavar="NAME", help="A row or a group, e.g. lif. May be repeated."),
-    json: Path | None = typer.Option(None, "--json", metavar="FILE", help="Write everything as JSON; '-' prints it."),
+    names: list[str] = typer.Argument([], metavar="[NAME]...", help="A row or a group, e.g. lif; without any, all."),
+    only: list[str] = typer.Option([], "--only", metavar="NAME", help="The same, as an option that may be repeated."),
+    as_json: bool = typer.Option(
+        False, "--json", help="Print everything as JSON, or write it to a NAME ending in .json."
+    ),
     threads: int = typer.Option(1, "--threads", min=1, help="Threads that torch may use."),
     repeats: int = typer.Option(5, "--repeats", min=1, help="Turns of each candidate; the median counts."),
 ) -> None:
@@ -27,24 +30,28 @@ def command(
     from spiking_lm.files import atomic_write
     from spiking_lm.manifest import plain
 
+    # A file stands where a name does, so that the option needs none: "--json FILE", and "--json -" for the terminal.
+    files = [name for name in names if as_json and (name == "-" or name.endswith(".json"))]
     rows = []
-    names = bench.select(only)
-    measuring = bench.run(names, n_threads=threads, repeats=repeats)
-    for name in names:
+    chosen = bench.select([name for name in (*names, *only) if name not in files])
+    measuring = bench.run(chosen, n_threads=threads, repeats=repeats)
+    for name in chosen:
         with errors.status(f"{name} ..."):
             rows.append(next(measuring))
     result = bench.report(rows, n_threads=threads, repeats=repeats)
-    if json is not None and str(json) == "-":
+    if len(chosen) == 1:  # alone, its own figures are at hand at the top too
+        result = {**rows[0].details, **result}
+    if as_json and (not files or "-" in files):
         print_json(result)
         return
     machine = f"{result['hardware']['cpu']}, torch {result['versions'].get('torch')}"
     title = f"{machine}, {threads} thread{'s' if threads > 1 else ''}, medians of {repeats}"
     table(title, ["benchmark", "figure", "target", "", "how"], [_cells(row) for row in rows])
-    if json is not None:
+    for file in files:
         from json import dumps
 
-        atomic_write(json, dumps(plain(result), indent=2) + "\n")
-        console.print(f"written to {json}", markup=False)
+        atomic_write(Path(file), dumps(plain(result), indent=2) + "\n")
+        console.print(f"written to {file}", markup=False)
 
 
 def _cells(row: Row) -> list[str]:
