@@ -5,6 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from spiking_lm import hookimpl
+from spiking_lm.hookspecs import Register
+from spiking_lm.records import ConverterSpec, ModelSpec
+
 if TYPE_CHECKING:
     from spiking_lm_egru.functional import EGRUParameters, EGRUState
     from spiking_lm_egru.module import EGRU, EGRUCell
@@ -20,3 +24,39 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(f"spiking_lm_egru.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'spiking_lm_egru' has no attribute {name!r}")
+
+
+@hookimpl
+def spiking_lm_models(register: Register) -> None:
+    register(
+        ModelSpec(
+            name="egru",
+            summary="event-based gated recurrent units, with GRU and LSTM twins",
+            config="spiking_lm_egru.config:EGRUConfig",
+            factory="spiking_lm_egru.model:EGRULanguageModel",
+            importer="spiking_lm_egru.reference:import_reference",
+            paper="https://arxiv.org/abs/2206.06178",
+        )
+    )
+    register(
+        ModelSpec(
+            name="egru-gesture",
+            summary="a convolutional network and event-based units that classify clips of events",
+            config="spiking_lm_egru.gesture_config:EGRUGestureConfig",
+            factory="spiking_lm_egru.gesture:EGRUGesture",
+            paper="https://arxiv.org/abs/2206.06178",
+            capabilities=frozenset({"clips"}),
+        )
+    )
+
+
+@hookimpl
+def spiking_lm_converters(register: Register) -> None:
+    register(
+        ConverterSpec(
+            name="egru",
+            summary="the released EGRU language models and their GRU and LSTM baselines",
+            sniff="spiking_lm_egru.reference:is_reference",
+            convert="spiking_lm_egru.reference:import_reference",
+        )
+    )

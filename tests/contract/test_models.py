@@ -69,5 +69,47 @@ class TestSpikeGPTClassifierOnTheLastToken(SpikeGPTClassifierContract):
     changes: ClassVar = {"num_classes": 2, "pool": "last", "l2wrap": True}
 
 
+class EGRUContract(ModelContract):
+    changes: ClassVar[dict[str, Any]] = {}
+
+    @pytest.fixture
+    def model(self) -> SpikingLanguageModel:
+        torch.manual_seed(7)
+        return create_model("egru", **{"vocab_size": 23, "n_layer": 2, "n_embd": 12, "n_hidden": 18, **self.changes})
+
+
+class TestEGRU(EGRUContract):
+    pass
+
+
+class TestEGRUAsPublished(EGRUContract):
+    """Frozen thresholds and a steep surrogate; with activity penalties."""
+
+    changes: ClassVar = {
+        **{"dampening_factor": 3.6, "pseudo_derivative_support": 3.6, "threshold_lr": 0.0},
+        **{"alpha": 0.1, "beta": 0.1, "gamma": 0.1, "activity_penalty": 5.0},
+    }
+
+
+class TestEGRUWithProjection(EGRUContract):
+    changes: ClassVar = {"projection": True, "tie_weights": False, "zoneout": 0.2, "n_layer": 1}
+
+
+class TestEGRUWithDropout(EGRUContract):
+    changes: ClassVar = {f"dropout_{place}": 0.2 for place in ("words", "emb", "forward", "last", "connect")}
+
+
+class TestGRUTwin(EGRUContract):
+    changes: ClassVar = {"cell": "gru", "dropout_connect": 0.2}
+
+
+class TestLSTMTwin(EGRUContract):
+    changes: ClassVar = {"cell": "lstm", "dropout_connect": 0.2, "projection": True, "alpha": 0.1, "beta": 0.1}
+
+
 def test_every_first_party_model_is_under_contract() -> None:
-    assert {name for name, entry in registry.all("models").items() if entry.plugin.first_party} == {"spikegpt"}
+    assert {name for name, entry in registry.all("models").items() if entry.plugin.first_party} == {
+        "spikegpt",
+        "egru",
+        "egru-gesture",
+    }
