@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -43,10 +45,53 @@ class TestSnnTorchLeaky(NeuronContract):
         return create_neuron("snntorch.leaky", **form)
 
 
+NORSE_BOX_FORMS = {
+    "defaults": {},
+    "spikegpt": {"tau_mem_inv": 500.0},
+    "subtract": {"tau_mem_inv": 500.0, "reset_method": "subtract"},
+    "below-zero": {"tau_mem_inv": 300.0, "v_leak": -0.25, "v_reset": -0.25},
+    "undershoot": {"tau_mem_inv": 500.0, "v_reset": -0.5},  # no dynamics: it rests elsewhere than it resets to
+    "triangle": {"tau_mem_inv": 500.0, "method": "triangle"},
+    "steep-triangle": {"tau_mem_inv": 500.0, "method": "triangle", "alpha": 0.3},  # no dynamics, as those below
+    "tanh": {"tau_mem_inv": 700.0, "method": "tanh", "alpha": 2.0},
+    "circ": {"tau_mem_inv": 500.0, "method": "circ", "alpha": 0.5},
+    "erfc": {"dt": 0.01, "tau_mem_inv": 50.0, "method": "heavi_erfc"},
+}
+NORSE_BOX_WITHOUT_DYNAMICS = {"undershoot", "steep-triangle", "circ", "erfc"}
+
+NORSE_LIF_FORMS = {
+    "defaults": {},
+    "fast": {"tau_mem_inv": 500.0, "tau_syn_inv": 500.0},
+    "no-current-left": {"tau_mem_inv": 500.0, "tau_syn_inv": 1000.0, "v_leak": 0.1, "v_reset": -0.2},
+    "triangle": {"tau_mem_inv": 500.0, "tau_syn_inv": 700.0, "method": "triangle", "alpha": 0.3},
+}
+
+
+class TestNorseLIFBox(NeuronContract):
+    name = "norse.lif_box"
+
+    @pytest.fixture(params=NORSE_BOX_FORMS)
+    def neuron(self, request: pytest.FixtureRequest) -> Neuron:
+        neuron = create_neuron("norse.lif_box", **NORSE_BOX_FORMS[request.param])
+        assert (neuron.dynamics is None) == (request.param in NORSE_BOX_WITHOUT_DYNAMICS)
+        return neuron
+
+    def inputs(self, neuron: Neuron, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return 2 * super().inputs(neuron, *args, **kwargs)
+
+
+class TestNorseLIF(NeuronContract):
+    name = "norse.lif"
+
+    @pytest.fixture(params=NORSE_LIF_FORMS)
+    def neuron(self, request: pytest.FixtureRequest) -> Neuron:
+        return create_neuron("norse.lif", **NORSE_LIF_FORMS[request.param])
+
+
 def test_every_first_party_neuron_is_under_contract() -> None:
     from spiking_lm import registry
 
-    covered = {c.name for c in (TestLIF, TestSnnTorchLeaky)}
+    covered = {c.name for c in (TestLIF, TestSnnTorchLeaky, TestNorseLIFBox, TestNorseLIF)}
     first_party = {name for name, entry in registry.all("neurons").items() if entry.plugin.first_party}
     assert first_party == covered
 
