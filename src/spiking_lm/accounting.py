@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -440,7 +441,9 @@ def _neurobench(
     return NeuroBench(
         parameter_count=sum(p.numel() for p in model.parameters()),
         footprint_bytes=footprint(model),
-        connection_sparsity=connection_sparsity(model),
+        connection_sparsity=connection_sparsity(
+            model, [tap.weight for tap in watch.linears.values() if tap.op.module is None]
+        ),
         activation_sparsity=sum(stream.zeros for stream in streams) / elements if elements else 0.0,
         synaptic_operations_per_token=per_token,
         synaptic_operations_per_sample={name: n * n_tokens / n_samples for name, n in per_token.items()},
@@ -454,12 +457,16 @@ def footprint(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
 
 
-def connection_sparsity(model: nn.Module) -> float:
+def connection_sparsity(model: nn.Module, more: Iterable[Tensor] = ()) -> float:
     """Return NeuroBench's share of zeros among the weights of linear, convolution and recurrent layers, to 4 decimals.
 
-    Biases are left out, except those of recurrent layers, which NeuroBench counts.
+    Biases are left out, except those of recurrent layers, which NeuroBench counts. ``more`` are matrices that no such
+    layer holds.
     """
     zeros = weights = 0
+    for matrix in more:
+        weights += matrix.numel()
+        zeros += matrix.numel() - int(torch.count_nonzero(matrix))
     for module in model.modules():
         if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
             counted: list[Tensor] = list(module.parameters())

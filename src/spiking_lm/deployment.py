@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spiking_lm.errors import DataError
+from spiking_lm.errors import DataError, UsageError
 from spiking_lm.hardware import Program, ProgramResult, load_program, lower, score
 from spiking_lm.recipe import Recipe, split_choice
 
@@ -32,11 +32,17 @@ def deploy(run: RunDir, recipe: Recipe, model: SpikingLanguageModel, data: TextD
     Returns the JSON-able account: what :func:`run_program` gives, the model's perplexity on the very same tokens, and
     how far the program is from the model.
 
-    Raises: LoweringError naming the op that cannot be placed; DataError when the split has not two tokens.
+    Raises: LoweringError naming the op that cannot be placed; DataError when the split has not two tokens,
+    UsageError when the data is no text.
     """
     from spiking_lm.runs import sample_tokens
 
     assert recipe.deploy is not None
+    if not hasattr(data.test, "tokens"):
+        raise UsageError(
+            f"the deploy stage runs language models, and the dataset {data.name!r} holds examples to classify",
+            hint="leave out deploy, or choose a text",
+        )
     backend, options = split_choice(recipe.deploy, "backend")
     split = recipe.evaluate.split if recipe.evaluate is not None else "test"
     tokens = sample_tokens(data, split, options["tokens"] + 1)
@@ -100,8 +106,6 @@ def model_logits(model: SpikingLanguageModel, tokens: NDArray[Any]) -> NDArray[n
 
 def render(account: dict[str, Any]) -> RenderableType:
     """Return the tables of what :func:`deploy` or :func:`run_program` gave."""
-    from rich.console import Group
+    from spiking_lm.report.tables import run_tables
 
-    from spiking_lm.report.tables import program_tables, run_table
-
-    return Group(run_table(account), program_tables(account["report"]))
+    return run_tables(account)

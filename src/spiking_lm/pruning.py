@@ -9,15 +9,26 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from spiking_lm.errors import UsageError, did_you_mean
+from spiking_lm.evaluation import evaluate
 from spiking_lm.graph import Op
 from spiking_lm.interfaces import SpikingLanguageModel
+from spiking_lm.recipe import Recipe
+from spiking_lm.report.tables import pruning_table
+from spiking_lm.runs import RunDir, read_json
 from spiking_lm.stages import PruneConfig
+from spiking_lm.training import train
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from spiking_lm.data import LabelledData, TextData
 
 Scope = Literal["uniform", "global"]
 
@@ -84,6 +95,50 @@ def _weight(op: Op, parameters: Mapping[str, nn.Parameter]) -> nn.Parameter | No
     return parameters.get(named or f"{op.module}.weight")
 
 
+def prune(
+    run: RunDir,
+    recipe: Recipe,
+    model: SpikingLanguageModel,
+    data: TextData | LabelledData,
+    *,
+    resume_from: Path,
+    console: Console,
+) -> SpikingLanguageModel:
+    """Go on with training from the checkpoint ``resume_from`` while the sparsity rises, as ``recipe.prune`` says.
+
+    Writes ``pruning.json``: each matrix, and how the model did ``before`` on what the evaluate stage scores. Raises
+    what :func:`spiking_lm.training.train` does; UsageError for a pattern that fits no matrix.
+    """
+    config, base = recipe.prune, recipe.train
+    assert config is not None
+    assert base is not None
+    pruner = Pruner(prunable(model, config.parameters), config)
+    path = run.path / "pruning.json"
+    if resume_from.name == f"step-{base.steps:06d}" and recipe.evaluate is not None:
+        before = evaluate(model, data, recipe.evaluate)
+        run.write_json(path.name, {"before": before})
+    before = read_json(path).get("before") if path.is_file() else None
+    optimizer = base.optimizer.model_copy(update={"lr": config.lr or base.optimizer.lr})
+    schedule = base.schedule.model_copy(update={"warmup": 0})  # the optimizer's moments are warm
+    changes = {"steps": base.steps + config.steps, "optimizer": optimizer, "schedule": schedule}
+    with pruner:
+        train(
+            run,
+            recipe,
+            model,
+            data,
+            resume_from=resume_from,
+            console=console,
+            config=base.model_copy(update=changes),
+            first_step=base.steps,
+            after_step=lambda step, optimizer: pruner.after_step(step - base.steps, optimizer),
+        )
+    account = {**pruner.describe(), "steps": config.steps, "before": before}
+    run.write_json(path.name, account)
+    console.print(pruning_table(account))
+    return model
+
+
 def sparsity_at(step: int, steps: int, final: float) -> float:
     """Return the sparsity after ``step`` of ``steps``: it rises as 1 - (1 - t)^3 (Zhu & Gupta, arXiv 1710.01878)."""
     return final * (1 - (1 - min(1.0, step / steps)) ** 3)
@@ -99,6 +154,7 @@ class Pruner:
         self.matrices, self.config = matrices, config
         self.ramp = max(1, math.ceil(config.ramp * config.steps))
         """Steps after which the sparsity has risen."""
+        self._share = self._share_of_zeros()
         self._handles: list[Any] = []
 
     def __enter__(self) -> Pruner:
@@ -126,10 +182,10 @@ class Pruner:
                 for moment in optimizer.state[weight].values():
                     if isinstance(moment, Tensor) and moment.shape == weight.shape:
                         moment.masked_fill_(~kept, 0.0)
-        return {"sparsity": self.sparsity()}
+            self._share = self._share_of_zeros()
+        return {"sparsity": self._share}
 
-    def sparsity(self) -> float:
-        """Return the share of zeros in all pruned matrices together."""
+    def _share_of_zeros(self) -> float:
         weights = sum(weight.numel() for weight in self.matrices.values())
         return 1 - sum(int(weight.count_nonzero()) for weight in self.matrices.values()) / weights
 
@@ -142,7 +198,7 @@ class Pruner:
         return {
             "scope": self.config.scope,
             "target": self.config.sparsity,
-            "sparsity": self.sparsity(),
+            "sparsity": self._share_of_zeros(),
             "weights": sum(row["weights"] for row in matrices),
             "nonzero": sum(row["nonzero"] for row in matrices),
             "matrices": [{**row, "sparsity": 1 - row["nonzero"] / row["weights"]} for row in matrices],

@@ -11,7 +11,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_validator
 
@@ -47,8 +47,14 @@ def _choice(path: tuple[str, ...]) -> str:
     return "backend" if path == ("deploy",) else "type"
 
 
-_FROM_DATA = ("vocab_size", "num_classes")
-"""Fields of a model that the data decides when the recipe leaves them out."""
+_FROM_DATA: dict[str, Any] = {"vocab_size": 2, "num_classes": 2, "frame_shape": (2, 2, 2)}
+"""Fields of a model that the data decides when the recipe leaves them out, and what stands in for them till then."""
+
+_TEXT_STAGES = ("prune", "generate", "explain", "deploy")
+"""Stages that work on tokens, so that clips cannot have them."""
+
+_OF_THIS_RUN = ("prune", "generate", "deploy", "report")
+"""Stages that a variant has only when one of its own values is there."""
 
 
 class Recipe(StrictModel):
@@ -109,12 +115,42 @@ def resolve(document: dict[str, Any], overrides: Overrides = (), *, where: str =
         _override(document, path, value)
     _check_required_plugins(document.get("requires"), where)
     recipe = parse_config(Recipe, document, where=where, error=RecipeError)
+    if recipe.prune is not None and recipe.train is None:
+        raise RecipeError(f"{where}: prune goes on with training, and there is none", hint="add the stage train")
     for metric in (recipe.evaluate.metrics if recipe.evaluate else None) or ():
         registry.get("metrics", metric)
     checked = {"data": _check_data(recipe.data, where), "model": _check_model(recipe.model, where)}
     if recipe.deploy is not None:
         checked["deploy"] = _check_slot(("deploy",), recipe.deploy, where)
-    return recipe.model_copy(update=checked)
+    _check_task(recipe, where)
+    recipe = recipe.model_copy(update=checked)
+    variants(recipe, where=where)
+    return recipe
+
+
+def variants(recipe: Recipe, *, where: str = "recipe") -> dict[str, Recipe]:
+    """Return the recipes that the compare stage runs, by name: this one with each variant's values in it.
+
+    A variant trains, evaluates and explains; it compares nothing in its turn, and has the other stages of this recipe
+    only where one of its values changes them. Raises: RecipeError, UnknownNameError or MissingExtraError naming it.
+    """
+    found: dict[str, Recipe] = {}
+    document = recipe.model_dump(mode="json", by_alias=True)
+    for name, values in (recipe.compare.variants if recipe.compare else {}).items():
+        here = f"{where}: compare.variants.{name}"
+        touched = {path[0] for path, _ in _flatten((), values)}
+        if "compare" in touched:
+            raise RecipeError(f"{here}: a variant compares nothing in its turn")
+        left_out = {"compare", *_OF_THIS_RUN} - touched
+        base = {key: value for key, value in document.items() if key not in left_out}
+        try:
+            found[name] = resolve({**base, "name": f"{recipe.name}/{name}"}, values, where=here)
+        except SpikingLMError as error:
+            if not error.message.startswith(here):
+                error.message = f"{here}: {error.message.removeprefix('--set ')}"
+                error.args = (error.message,)
+            raise
+    return found
 
 
 def find_recipe(path_or_name: str | Path) -> Path:
@@ -169,7 +205,7 @@ def json_schema() -> dict[str, Any]:
             definitions.update(option.pop("$defs", {}))
             properties = {_choice(path): {"const": name}, **option.get("properties", {})}
             for field, other in slots_below.items():
-                if field in properties or path == ("data",):
+                if field in properties or (path == ("data",) and not _holds_clips(name)):
                     properties[field] = {"$ref": f"#/$defs/{other}"}
             required = [field for field in option.get("required", ()) if field not in _FROM_DATA]
             options.append({**option, "properties": properties, "required": [_choice(path), *required]})
@@ -243,11 +279,14 @@ def _describe(name: str, entry: registry.Registered) -> RecipeInfo:
     except SpikingLMError as error:
         return dataclasses.replace(info, error=error.message)
     extras: dict[str, None] = {}
+    variants = _at(document, ("compare", "variants"))
+    changes = [dict(_flatten((), values)) for values in (variants.values() if isinstance(variants, dict) else ())]
     for path, kind in _SLOTS.items():
-        type_name = _at(document, (*path, _choice(path)))
-        used = registry.all(kind).get(str(type_name))
-        if used is not None and used.missing() and used.spec.extra:
-            extras[used.spec.extra] = None
+        choice = (*path, _choice(path))
+        for type_name in (_at(document, choice), *(values.get(choice) for values in changes)):
+            used = registry.all(kind).get(str(type_name))
+            if used is not None and used.missing() and used.spec.extra:
+                extras[used.spec.extra] = None
     return dataclasses.replace(
         info,
         description=str(document.get("description", "")),
@@ -281,7 +320,34 @@ def _check_required_plugins(names: Any, where: str) -> None:
             )
 
 
+def _check_task(recipe: Recipe, where: str) -> None:
+    """Refuse a model that cannot read the data, and for clips of events the stages that need a text."""
+    data, model = recipe.data["type"], recipe.model["type"]
+    clips = _holds_clips(data)
+    if clips != ("clips" in registry.get("models", model).spec.capabilities):
+        has, reads = ("clips of events", "tokens") if clips else ("text", "clips of events")
+        raise RecipeError(f"{where}: the model {model!r} reads {reads}, but the dataset {data!r} holds {has}")
+    stages = [stage for stage in _TEXT_STAGES if clips and getattr(recipe, stage) is not None]
+    if clips and recipe.compare is not None and recipe.compare.spikes:
+        stages.append("compare.spikes")
+    if stages:
+        raise RecipeError(
+            f"{where}: {', '.join(stages)}: works on tokens, and the dataset {data!r} holds clips of events",
+            hint="clips can be trained on, evaluated, compared and reported",
+        )
+
+
+def _holds_clips(dataset: Any) -> bool:
+    """Say whether a dataset holds clips of events, which have no tokenizer."""
+    entry = registry.all("datasets").get(str(dataset))
+    return entry is not None and entry.spec.task == "clips"
+
+
 def _check_data(data: dict[str, Any], where: str) -> dict[str, Any]:
+    if _holds_clips(data.get("type")):
+        if "tokenizer" in data:
+            raise RecipeError(f"{where}: data: clips of events have no tokenizer", hint="leave it out")
+        return _check_slot(("data",), data, where)
     values = {"tokenizer": {"type": "byte"}, **data}
     tokenizer = values.pop("tokenizer")
     return {**_check_slot(("data",), values, where), "tokenizer": _check_slot(("data", "tokenizer"), tokenizer, where)}
@@ -304,7 +370,8 @@ def _check_slot(path: tuple[str, ...], values: Any, where: str) -> dict[str, Any
         raise RecipeError(f"{where}: the field {choice!r} is missing", hint=f"choose one of: {known}")
     name, rest = split_choice(values, choice)
     cls = _config_class(_SLOTS[path], name, where)
-    standing_in = {field: 2 for field in _FROM_DATA if field in cls.model_fields and rest.get(field) is None}
+    unknown = {field for field in _FROM_DATA if rest.get(field) is None}
+    standing_in = {field: _FROM_DATA[field] for field in unknown & cls.model_fields.keys()}
     config = parse_config(cls, {**rest, **standing_in}, where=where, error=RecipeError)
     return {choice: name, **config.model_dump(mode="json", exclude=set(standing_in))}
 
@@ -412,7 +479,7 @@ def _fields_below(document: dict[str, Any], path: tuple[str, ...], annotation: A
     nested = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
     if nested:
         return {field.alias or name: field.annotation for name, field in nested[0].model_fields.items()}
-    if any(a is Any or a is dict for a in (annotation, *get_args(annotation))):
+    if any(a is Any or dict in (a, get_origin(a)) for a in (annotation, *get_args(annotation))):
         return None
     return {}
 
@@ -421,7 +488,8 @@ def _fields(path: tuple[str, ...], chosen: str, where: str) -> dict[str, Any]:
     """Return the fields of a slot when its type is ``chosen``: its configuration's, and the recipe's own."""
     cls = _config_class(_SLOTS[path], chosen, where)
     fields = {name: field.annotation for name, field in cls.model_fields.items()}
-    return {**fields, _choice(path): str, **({"tokenizer": dict} if path == ("data",) else {})}
+    with_tokenizer = path == ("data",) and not _holds_clips(chosen)
+    return {**fields, _choice(path): str, **({"tokenizer": dict} if with_tokenizer else {})}
 
 
 def _default(document: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from spiking_lm.recipe import Overrides, Recipe, load_recipe, split_choice
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from spiking_lm.data import LabelledData, TextData
+    from spiking_lm.data import ClipData, LabelledData, TextData
     from spiking_lm.interfaces import SpikingLanguageModel
 
 _RUN_NAME = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
@@ -59,6 +59,14 @@ class RunDir:
                 break
             except FileExistsError:
                 continue
+        run = cls.begin(path, recipe)
+        atomic_write(family / "latest", path.name + "\n")
+        return run
+
+    @classmethod
+    def begin(cls, path: Path, recipe: Recipe) -> RunDir:
+        """Make ``path`` the directory of a new run of ``recipe``."""
+        path.mkdir(parents=True, exist_ok=True)
         run = cls(path)
         atomic_write(path / "recipe.yaml", recipe.to_yaml())
         run.update_manifest(
@@ -73,7 +81,6 @@ class RunDir:
             stages={},
             **describe_environment(),
         )
-        atomic_write(family / "latest", path.name + "\n")
         return run
 
     @classmethod
@@ -275,10 +282,19 @@ def plan(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
             facts["examples_per_step"], available = per_step, len(data.train)
         facts["steps"] = recipe.train.steps
         facts["epochs"] = round(per_step * recipe.train.steps / max(1, available), 3)
+    if recipe.prune is not None:
+        from spiking_lm.pruning import prunable
+
+        facts["prunable_weights"] = sum(w.numel() for w in prunable(model, recipe.prune.parameters).values())
+    if recipe.compare is not None:
+        from spiking_lm.compare import build_variants
+
+        variants = build_variants(recipe, model, data, console or _stderr())
+        facts["variants"] = {name: {"parameters": sum(p.numel() for p in m.parameters())} for name, m in variants}
     return facts
 
 
-def load_data(config: dict[str, Any], console: Console) -> TextData | LabelledData:
+def load_data(config: dict[str, Any], console: Console) -> TextData | LabelledData | ClipData:
     """Load what a recipe's ``data`` describes, with a progress bar where tokenizing takes long."""
     from rich.progress import Progress
 
@@ -295,24 +311,29 @@ def load_data(config: dict[str, Any], console: Console) -> TextData | LabelledDa
         return data.load(config, progress=show)
 
 
-def build_model(recipe: Recipe, data: TextData | LabelledData) -> SpikingLanguageModel:
+def build_model(recipe: Recipe, data: TextData | LabelledData | ClipData) -> SpikingLanguageModel:
     """Build the model of a recipe, its weights drawn from the recipe's seed, sized by the data.
 
-    Raises: RecipeError when the recipe gives a ``vocab_size`` or ``num_classes`` that the data contradicts.
+    Raises: RecipeError when the recipe gives a ``vocab_size``, ``num_classes`` or ``frame_shape`` that the data
+    contradicts.
     """
     import torch
 
+    from spiking_lm.data import ClipData
     from spiking_lm.models import create_model
 
     name, config = split_choice(recipe.model)
-    _fit(recipe, config, "vocab_size", data.tokenizer.vocab_size, f"the {data.tokenizer.type} tokenizer")
+    if isinstance(data, ClipData):
+        _fit(recipe, config, "frame_shape", list(data.frame_shape), "a frame of the data")
+    else:
+        _fit(recipe, config, "vocab_size", data.tokenizer.vocab_size, f"the {data.tokenizer.type} tokenizer")
     if hasattr(data, "labels"):
         _fit(recipe, config, "num_classes", len(data.labels), "the set of labels")
     torch.manual_seed(recipe.seed)
     return create_model(name, **config)
 
 
-def _fit(recipe: Recipe, config: dict[str, Any], field: str, value: int, source: str) -> None:
+def _fit(recipe: Recipe, config: dict[str, Any], field: str, value: int | list[int], source: str) -> None:
     given = config.get(field)
     if given is not None and given != value:
         raise RecipeError(
@@ -367,6 +388,8 @@ def _noting_warnings(run: RunDir, console: Console) -> Iterator[None]:
 
     class Recorder(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
+            if logger.handlers[-1] is not self:
+                return  # a run within this one, a variant, speaks for itself
             run.log(f"{record.levelname.lower()}: {record.getMessage()}")
             console.print(f"{record.levelname.lower()}: {record.getMessage()}", markup=False, highlight=False)
 
@@ -399,11 +422,12 @@ class _Stages:
                 hint="restore the data, or start a new run",
             )
         checkpoint = latest_checkpoint(run.path)
-        self.step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+        self.step = _step_of(checkpoint) if checkpoint else 0
         done = run.manifest["stages"]
-        if "train" in done and recipe.train is not None and self.step < recipe.train.steps:
+        lost = [stage for stage, steps in _steps_after(recipe).items() if stage in done and self.step < steps]
+        if lost:
             run.log(f"the trained model is lost; training again from step {self.step}")
-            run.update_manifest(stages={name: facts for name, facts in done.items() if name != "train"})
+            run.update_manifest(stages={name: facts for name, facts in done.items() if name not in lost})
         if "train" in run.manifest["stages"] and checkpoint is not None:
             self.model = load_model(checkpoint)
         else:
@@ -414,11 +438,23 @@ class _Stages:
             model={"type": recipe.model["type"], "parameters": parameters},
         )
         self.resume_from = checkpoint
+        if recipe.prune is not None:
+            from spiking_lm.pruning import prunable
+
+            prunable(self.model, recipe.prune.parameters)  # a pattern that fits nothing says so before training
+        if recipe.compare is not None and not run.manifest["stages"]:
+            from spiking_lm.compare import build_variants
+
+            for _ in build_variants(recipe, self.model, self.data, self.console):
+                pass  # one that cannot be built, or not take this run's weights, says so now, before hours of training
         stages: dict[str, Callable[[], None]] = {
             "train": self.train,
+            "prune": self.prune,
             "evaluate": self.evaluate,
             "generate": self.generate,
             "explain": self.explain,
+            "deploy": self.deploy,
+            "compare": self.compare,
             "report": self.report,
         }
         for name, stage in stages.items():
@@ -433,6 +469,15 @@ class _Stages:
         self.model = train(
             self.run, self.recipe, self.model, self.data, resume_from=self.resume_from, console=self.console
         )
+
+    def prune(self) -> None:
+        from spiking_lm.checkpoints import latest_checkpoint
+        from spiking_lm.pruning import prune
+
+        trained = latest_checkpoint(self.run.path)
+        assert trained is not None
+        self.run.rewind_metrics(_step_of(trained))
+        self.model = prune(self.run, self.recipe, self.model, self.data, resume_from=trained, console=self.console)
 
     def evaluate(self) -> None:
         from spiking_lm import evaluation
@@ -470,19 +515,45 @@ class _Stages:
         self.run.write_json("explanation.json", explanation.to_dict())
         self.console.print(explanation.render())
 
+    def deploy(self) -> None:
+        from spiking_lm import deployment
+
+        account = deployment.deploy(self.run, self.recipe, self.model, self.data)
+        self.run.write_json("deployment.json", account)
+        self.console.print(deployment.render(account))
+
+    def compare(self) -> None:
+        from spiking_lm import compare
+
+        result = compare.compare(self.run, self.recipe, self.model, self.data, self.console)
+        self.run.write_json("compare.json", result)
+        self.console.print(compare.render(result))
+
     def report(self) -> None:
         from spiking_lm.raster import save_raster
         from spiking_lm.report import write_report
 
         assert self.recipe.report is not None
-        n = self.recipe.report.raster_tokens
-        tokens = sample_tokens(self.data, self._split(), n)
-        save_raster(self.model, tokens, self.data.tokenizer, self.run.path / "raster.npz", n)
+        if self.data.tokenizer is not None:
+            n = self.recipe.report.raster_tokens
+            tokens = sample_tokens(self.data, self._split(), n)
+            save_raster(self.model, tokens, self.data.tokenizer, self.run.path / "raster.npz", n)
         path = write_report(self.run.path)
         self.console.print(f"report: {path}", highlight=False, soft_wrap=True)
 
     def _split(self) -> str:
         return self.recipe.evaluate.split if self.recipe.evaluate is not None else "test"
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _steps_after(recipe: Recipe) -> dict[str, int]:
+    """Return how many steps a run has made when its stages that train are complete."""
+    trained = recipe.train.steps if recipe.train is not None else 0
+    pruned = trained + (recipe.prune.steps if recipe.prune is not None else 0)
+    return {"train": trained, "prune": pruned}
 
 
 @contextmanager
@@ -498,10 +569,12 @@ def _timed(run: RunDir, stage: str) -> Iterator[None]:
     run.log(f"{stage}: complete after {seconds:.1f} s")
 
 
-def sample_tokens(data: TextData | LabelledData, split: str, n: int) -> Any:
+def sample_tokens(data: TextData | LabelledData | ClipData, split: str, n: int) -> Any:
     """Return the first ``n`` token ids ``(n,)`` of a split, fewer when it is shorter; examples are strung together."""
     import numpy as np
 
+    if data.tokenizer is None:
+        raise UsageError(f"the dataset {data.name!r} holds clips of events, and no tokens")
     part = getattr(data, split)
     if hasattr(part, "tokens"):
         return np.asarray(part.tokens[:n]).astype(np.int64)

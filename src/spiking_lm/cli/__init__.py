@@ -19,12 +19,14 @@ from spiking_lm.errors import InterruptedRunError, SpikingLMError, did_you_mean
 # Name -> summary, in the order of the help page. A verb lives in spiking_lm.cli.<name>: a function `command`, or a
 # Typer `app` when it has sub-commands. The summaries stand here so that the help page imports none of them.
 VERBS = {
-    "run": "Run a recipe: train, evaluate, generate, explain and report in one run directory.",
+    "run": "Run a recipe: every stage from training to the report, in one run directory.",
     "train": "Train the model of a recipe, and stop there.",
     "eval": "Score a model on text, or on labelled examples, that it has not seen.",
     "generate": "Write text with a model, as it comes.",
     "chat": "Write text with a model, turn by turn, keeping its state between turns.",
     "explain": "Say where a model's spikes are, and what they save.",
+    "lower": "Lower a model to neuromorphic hardware, as a program.",
+    "deploy": "Run a program, and say how well it predicts and what it costs.",
     "report": "Write the HTML report of a run.",
     "bench": "Time the kernels and models on this machine.",
     "convert": "Convert a checkpoint of a paper's own code to a spiking-lm model.",

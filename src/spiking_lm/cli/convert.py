@@ -30,7 +30,7 @@ def command(
     from spiking_lm.cli import _output
     from spiking_lm.convert import convert
 
-    done = convert(source, out, to=to, tokenizer=tokenizer, options=_options(settings))
+    done = convert(source, out, to=to, tokenizer=tokenizer, options=read_settings(settings))
     if json:
         _output.print_json(vars(done))
         return
@@ -44,7 +44,7 @@ def command(
         print_(f"  read back   {done.equal} of {done.compared} tensors equal the source's, bit for bit")
 
 
-def _options(settings: list[str]) -> dict[str, Any]:
+def read_settings(settings: list[str]) -> dict[str, Any]:
     """Read ``["neuron.type=lif", "ctx_len=64"]`` into nested options, values as YAML."""
     from spiking_lm import safeyaml
     from spiking_lm.errors import UsageError

@@ -29,7 +29,7 @@ def command(
     dry_run: bool = DRY_RUN,
     json: bool = JSON,
 ) -> None:
-    """Run a recipe: train, evaluate, generate, explain and report in one run directory.
+    """Run a recipe: every stage from training to the report, in one run directory.
 
     Ctrl-C saves a checkpoint and shows the command that goes on. Without RECIPE, --resume RUN goes on with that run.
     """
@@ -77,7 +77,7 @@ def _show_plan(recipe: str | Path, settings: list[str], as_json: bool) -> None:
 def _summary(run: Any) -> dict[str, Any]:
     manifest = run.manifest
     summary = {key: manifest[key] for key in ("recipe", "status", "started", "ended", "model", "data", "stages")}
-    results = {"evaluation.json": "evaluation", "explanation.json": "explanation"}
+    results = {f"{name}.json": name for name in ("pruning", "evaluation", "explanation", "deployment", "compare")}
     for file, key in results.items():
         if (run.path / file).is_file():
             from spiking_lm.runs import read_json

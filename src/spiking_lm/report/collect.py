@@ -16,7 +16,10 @@ from spiking_lm.raster import Raster, load_raster
 
 T = TypeVar("T")
 
-_PIECES = ("manifest.json", "recipe.yaml", "metrics.jsonl", "evaluation.json", "explanation.json", "samples.txt")
+_PIECES = (
+    *("manifest.json", "recipe.yaml", "metrics.jsonl", "evaluation.json", "explanation.json", "compare.json"),
+    "samples.txt",
+)
 
 
 @dataclass
@@ -31,6 +34,9 @@ class Collected:
     valid: list[dict[str, Any]] = field(default_factory=list)
     evaluation: dict[str, Any] | None = None
     explanation: dict[str, Any] | None = None
+    comparison: dict[str, Any] | None = None
+    pruning: dict[str, Any] | None = None
+    deployment: dict[str, Any] | None = None
     sample: str | None = None
     raster: Raster | None = None
     problems: list[str] = field(default_factory=list)
@@ -58,6 +64,9 @@ def collect(path: str | os.PathLike[str]) -> Collected:
     run.recipe = _read(run, "recipe.yaml", safeyaml.read) or {}
     run.evaluation = _read(run, "evaluation.json", _object)
     run.explanation = _read(run, "explanation.json", _object)
+    run.comparison = _read(run, "compare.json", _object)
+    run.pruning = _read(run, "pruning.json", _object)
+    run.deployment = _read(run, "deployment.json", _object)
     run.sample = _read(run, "samples.txt", _text)
     run.raster = _read(run, "raster.npz", load_raster)
     _read_metrics(run)

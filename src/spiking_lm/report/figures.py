@@ -106,9 +106,11 @@ def to_svg(figure: Figure, title: str) -> str:
 # --- Learning ---------------------------------------------------------------------------------------------------------
 
 
-def loss_figure(run: Collected, baselines: Mapping[str, float]) -> Figure | None:
+def loss_figure(run: Collected, baselines: Mapping[str, float], baseline_unit: str) -> Figure | None:
     """Draw training and validation loss over the steps, with baselines, and the learning rate below; None without."""
-    unit, name = ("bits per byte", "bpb") if run.curve("train", "bpb")[0] else ("loss (nats)", "loss")
+    units = {"bpb": "bits per byte", "perplexity": "perplexity", "loss": "loss (nats)"}
+    name = next((name for name in units if run.curve("train", name)[0]), "loss")
+    unit = units[name]
     train, valid = run.curve("train", name), run.curve("valid", name)
     if not train[0] and not valid[0]:
         return None
@@ -128,10 +130,10 @@ def loss_figure(run: Collected, baselines: Mapping[str, float]) -> Figure | None
     if valid[0]:
         axes.plot(*valid, color=VERMILLION, marker="o", markersize=4.5, label="validation")
     values = [*train[1], *valid[1]]
-    if unit == "bits per byte" and baselines:
-        best, bits = min(baselines.items(), key=lambda item: item[1])
-        axes.axhline(bits, color=INK, linewidth=1.1, linestyle=(0, (4, 3)), label=f"{best}: {bits:.2f}")
-        values.append(bits)
+    if unit == baseline_unit and baselines:
+        best, value = min(baselines.items(), key=lambda item: item[1])
+        axes.axhline(value, color=INK, linewidth=1.1, linestyle=(0, (4, 3)), label=f"{best}: {value:.2f}")
+        values.append(value)
     axes.set(ylabel=unit)
     _logarithmic(axes, min(values), max(values))
     axes.legend(loc="upper right")

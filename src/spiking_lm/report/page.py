@@ -14,7 +14,7 @@ from typing import Any
 from spiking_lm import __version__
 from spiking_lm.errors import MissingExtraError
 from spiking_lm.files import atomic_write
-from spiking_lm.report import tables
+from spiking_lm.report import sections, tables
 from spiking_lm.report.collect import Collected, collect
 
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError)
@@ -23,14 +23,6 @@ MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError)
 _RASTER_COLOUR = "#2b87c8"  # reads on white and on black
 _RASTER_HEIGHT = 760
 _MOST_SITES = 24
-
-_METRICS = {
-    "bits_per_byte": "bits per byte",
-    "bits_per_character": "bits per character",
-    "perplexity": "perplexity per token",
-    "accuracy": "accuracy",
-    "macro_f1": "macro F1",
-}
 
 
 def write(run_path: str | os.PathLike[str]) -> Path:
@@ -75,7 +67,10 @@ def _pictures(run: Collected) -> dict[str, tuple[str, Any]]:
 
     rates = rates_of(run)
     return {
-        "loss": ("Training and validation loss over the steps", figures.loss_figure(run, baselines_of(run))),
+        "loss": (
+            "Training and validation loss over the steps",
+            figures.loss_figure(run, baselines_of(run), baseline_unit(run)),
+        ),
         "rates_final": ("Firing rate by layer", figures.final_rates_figure(rates) if rates else None),
         "rates_training": ("Firing rates over training", figures.training_rates_figure(run)),
     }
@@ -87,7 +82,7 @@ def _files(run: Collected) -> dict[str, Any]:
 
     raster = run.raster
     found = {
-        "loss": figures.loss_figure(run, baselines_of(run)),
+        "loss": _loss_figure(run),
         "rates": figures.rates_figure(run, rates_of(run)),
         "operations": figures.operations_figure(bars) if (bars := operation_bars(run)) else None,
         "raster": figures.raster_figure(raster, [shown(piece) for piece in raster.text], _chosen_sites(raster))
@@ -97,12 +92,23 @@ def _files(run: Collected) -> dict[str, Any]:
     return {name: figure for name, figure in found.items() if figure is not None}
 
 
+def _loss_figure(run: Collected) -> Any:
+    from spiking_lm.report import figures
+
+    return figures.loss_figure(run, baselines_of(run), baseline_unit(run))
+
+
 def baselines_of(run: Collected) -> dict[str, float]:
-    """Return the baselines of the evaluation: name -> bits per byte."""
+    """Return the baselines of the evaluation: name -> value in :func:`baseline_unit`."""
     given = (run.evaluation or {}).get("baselines")
     if not isinstance(given, dict):
         return {}
     return {str(name): float(bits) for name, bits in given.items() if isinstance(bits, (int, float))}
+
+
+def baseline_unit(run: Collected) -> str:
+    """Return what the baselines count: ``"bits per byte"`` or ``"perplexity"``."""
+    return str((run.evaluation or {}).get("baseline_unit") or "bits per byte")
 
 
 def rates_of(run: Collected) -> dict[str, float]:
@@ -178,12 +184,15 @@ def _view(run: Collected) -> dict[str, Any]:
         "commands": _commands(run),
         "facts": _facts(run),
         "manifest_text": json.dumps(manifest, indent=2, ensure_ascii=False) if manifest else None,
-        **dict.fromkeys(("score", "explained", "raster")),
+        **dict.fromkeys(("score", "explained", "raster", "compared", "pruned", "deployed")),
     }
     for key, build, name in (
         ("score", _score, "evaluation.json"),
         ("explained", _explained, "explanation.json"),
         ("raster", _raster, "raster.npz"),
+        ("compared", sections.compared, "compare.json"),
+        ("pruned", sections.pruned, "pruning.json"),
+        ("deployed", sections.deployed, "deployment.json"),
     ):
         try:
             view[key] = build(run)
@@ -224,7 +233,8 @@ def _lead(run: Collected) -> str:
     # The manifest times the last process alone; a resumed run has trained for longer than that.
     seconds = max(run.curve("train", "elapsed_s")[1], default=None)
     step = max((entry["step"] for entry in run.train), default=None)
-    words = f"A {kind} language model" if kind else "A language model"
+    noun = "classifier of clips" if _get(run.manifest, "data", "task") == "clips" else "language model"
+    words = f"A {kind} {noun}" if kind else f"A {noun}"
     if isinstance(parameters, int):
         words += f" with {tables.count(parameters)} parameters"
     if step is not None:
@@ -277,34 +287,33 @@ def _score(run: Collected) -> dict[str, Any] | None:
     metrics = {
         name: float(value) for name, value in run.evaluation["metrics"].items() if isinstance(value, (int, float))
     }
-    first = next((name for name in ("bits_per_byte", "accuracy", *metrics) if name in metrics), None)
+    first = tables.headline_metric(metrics)
     if first is None:
         return None
-    baselines = baselines_of(run)
+    baselines, unit = baselines_of(run), baseline_unit(run)
     bars, compare = [], ""
-    if first == "bits_per_byte" and baselines:
+    if first == unit.replace(" ", "_") and baselines:
         rows = sorted(
             [("this model", metrics[first], True), *((n, b, False) for n, b in baselines.items())], key=lambda r: r[1]
         )
-        widest = max(bits for _, bits, _ in rows)
-        bars = [{"name": n, "value": f"{b:.3f}", "width": round(100 * b / widest, 2), "own": own} for n, b, own in rows]
-        best, bits = min(baselines.items(), key=lambda item: item[1])
-        gap = metrics[first] - bits
-        compare = f"{abs(gap):.2f} {'below' if gap < 0 else 'above'} the best n-gram ({best}, {bits:.2f})"
+        widest, digits = max(value for _, value, _ in rows), 3 if unit == "bits per byte" else 1
+        bars = [
+            {"name": n, "value": f"{b:.{digits}f}", "width": round(100 * b / widest, 2), "own": own}
+            for n, b, own in rows
+        ]
+        best, value = min(baselines.items(), key=lambda item: item[1])
+        gap, digits = metrics[first] - value, digits - 1
+        side = "below" if gap < 0 else "above"
+        compare = f"{abs(gap):.{digits}f} {side} the best n-gram ({best}, {value:.{digits}f})"
     return {
-        "headline": (_METRICS.get(first, first.replace("_", " ")), _number(first, metrics[first])),
+        "headline": (tables.metric_name(first), tables.metric_value(first, metrics[first])),
         "split": {"valid": "validation"}.get(run.evaluation["split"], str(run.evaluation["split"])),
         "protocol": str(run.evaluation["protocol"]),
         "compare": compare,
+        "unit": unit,
         "bars": bars,
-        "metrics": [
-            (_METRICS.get(name, name.replace("_", " ")), _number(name, value)) for name, value in metrics.items()
-        ],
+        "metrics": [(tables.metric_name(name), tables.metric_value(name, value)) for name, value in metrics.items()],
     }
-
-
-def _number(name: str, value: float) -> str:
-    return tables.percent(value) if name in ("accuracy", "macro_f1") else f"{value:.3f}"
 
 
 def _explained(run: Collected) -> dict[str, Any] | None:
@@ -500,7 +509,8 @@ def _facts(run: Collected) -> list[tuple[str, str]]:
         )
     if isinstance(data, dict) and data:
         name, tokenizer = data.get("dataset"), _get(data, "tokenizer", "type") or data.get("tokenizer")
-        facts += [("data", f"{name}, tokens: {tokenizer}"), ("data SHA-256", data.get("sha256"))]
+        read = f"{name}, tokens: {tokenizer}" if tokenizer else name
+        facts += [("data", read), ("data SHA-256", data.get("sha256"))]
     if isinstance(hardware, dict) and hardware:
         memory = hardware.get("memory_bytes")
         accelerators = ", ".join(map(str, hardware.get("accelerators") or [])) or "no accelerator"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -261,87 +262,85 @@ def program_tables(report: Row) -> RenderableType:
     """Return the tables of ``ProgramReport.to_dict()``: figures, placement, constants and warnings."""
     parts: list[RenderableType] = [
         Text(f"{report['model']} on {report['backend']}", style="bold"),
-        _figures(report),
-        _placement(report),
-        _constants(report),
+        _grid("Figures", figures_grid(report)),
+        _grid("Placement", placement_grid(report)),
+        _grid("Constants", constants_grid(report)),
     ]
     parts += [Text(f"Warning: {warning}", style="yellow") for warning in report["warnings"]]
     return Group(*(Padding(part, (0, 0, 1, 0)) for part in parts))
 
 
-def run_table(account: Row) -> Table:
-    """Return the table of a program's run: its perplexity, beside that of the model where it was compared."""
-    table = _table("Run", "", ">", "")
-    table.show_header = False
-    for name, value, note in run_rows(account):
-        table.add_row(name, value, note)
-    table.caption, table.caption_justify = Text(str(account["protocol"])), "left"
-    return table
+def run_tables(account: Row) -> RenderableType:
+    """Return the tables of a program's run, and of its report."""
+    protocol = Padding(Text(f"{account['protocol']}.", style="dim"), (0, 0, 1, 0))
+    return Group(_grid("Run", run_grid(account)), protocol, program_tables(account["report"]))
 
 
-def run_rows(account: Row) -> list[tuple[str, str, str]]:
-    """Return name, value and remark of what a program's run gave."""
-    rows = [("perplexity of the program", f"{account['perplexity']:.4f}", f"on {account['backend']}")]
+def run_grid(account: Row) -> Grid:
+    """Return what a program's run gave: its perplexity, beside that of the model where it was compared."""
+    rows = [["perplexity of the program", f"{account['perplexity']:.4f}", f"on {account['backend']}"]]
     if "model_perplexity" in account:
         before, after = account["model_perplexity"], account["perplexity"]
-        same = percent(account["same_guess"])
         rows += [
-            ("perplexity of the model", f"{before:.4f}", "in float, on the very same tokens"),
-            ("change", f"{after / before - 1:+.3%}".replace("%", " %"), "program against model"),
-            ("largest difference", f"{account['largest_difference']:.3g}", "of any logit"),
-            ("same guess", same, "of the tokens: the likeliest next one is the same"),
+            ["perplexity of the model", f"{before:.4f}", "in float, on the very same tokens"],
+            ["change", f"{after / before - 1:+.3%}".replace("%", " %"), "program against model"],
+            ["largest difference", f"{account['largest_difference']:.3g}", "of any logit"],
+            ["same guess", percent(account["same_guess"]), "tokens at which both hold the same next one likeliest"],
         ]
-    return [*rows, ("speed of the simulator", f"{account['tokens_per_s']:,.0f}", "tokens/s on this machine")]
+    rows.append(["speed of the simulator", f"{account['tokens_per_s']:,.0f}", "tokens/s on this machine"])
+    return ["figure", ">value", "remark"], rows
 
 
-def placement_rows(report: Row) -> list[dict[str, Any]]:
-    """Return the placed operations, those of many layers that lie in one place and form joined, with their sums."""
-    groups = group_layers(report["placement"], "kind", "runs_on", "where", "format")
-    return [
-        {
-            **group[0],
-            "name": name_of_group(group),
-            "weights": sum(op["weights"] for op in group),
-            "bytes": sum(op["bytes"] for op in group),
-        }
-        for group in groups
+def pruning_grid(pruning: Row) -> Grid:
+    """Return how many weights of each pruned matrix are left, those of identical layers joined, and of all together."""
+    rows = []
+    for group in group_layers(pruning["matrices"]):
+        weights, nonzero = (sum(matrix[key] for matrix in group) for key in ("weights", "nonzero"))
+        shares = span([matrix["sparsity"] for matrix in group])
+        rows.append([name_of_group(group), count(weights), count(nonzero), shares])
+    rows.append(["all", count(pruning["weights"]), count(pruning["nonzero"]), percent(pruning["sparsity"])])
+    return ["matrix", ">weights", ">left", ">zeros"], rows
+
+
+def pruning_table(pruning: Row) -> Table:
+    """Return the table of a pruning."""
+    return _grid(f"Pruned to {percent(pruning['target'])}, {pruning['scope']}", pruning_grid(pruning))
+
+
+def figure_of(value: float | None, unit: str) -> str:
+    """Write a figure with its unit: whole numbers whole, others with four significant digits."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    number = f"{int(value):,}" if value == int(value) and abs(value) < 1e9 else f"{value:.4g}"
+    return f"{number} {unit}" if unit else number
+
+
+def figures_grid(report: Row) -> Grid:
+    """Return the figures of a program's report with their grades."""
+    rows = [
+        [figure["name"], figure_of(figure["value"], figure["unit"]), figure["grade"], figure["note"]]
+        for figure in report["figures"]
     ]
+    return ["figure", ">value", "grade", "remark"], rows
 
 
-def figure_of(value: float, unit: str) -> str:
-    """Write a figure with its unit; counts without one are written whole."""
-    whole = value == int(value) and abs(value) < 1e9
-    return f"{int(value):,}{unit and ' '}{unit}" if whole else f"{value:.4g}{unit and ' '}{unit}"
+def placement_grid(report: Row) -> Grid:
+    """Return where each operation of a program runs; operations of layers in one place and form are joined."""
+    rows = []
+    for group in group_layers(report["placement"], "kind", "runs_on", "where", "format"):
+        weights, size = (sum(op[key] for op in group) for key in ("weights", "bytes"))
+        place = [str(group[0][key]) for key in ("kind", "runs_on", "where", "format")]
+        rows.append([name_of_group(group), *place, count(weights) if weights else "", bytes_of(size) if size else ""])
+    return ["operation", "kind", "runs on", "where", "format", ">weights", ">memory"], rows
 
 
-def _figures(report: Row) -> Table:
-    table = _table("Figures", "", ">", "grade", "")
-    for figure in report["figures"]:
-        table.add_row(figure["name"], figure_of(figure["value"], figure["unit"]), figure["grade"], figure["note"])
-    return table
-
-
-def _placement(report: Row) -> Table:
-    table = _table("Placement", "operation", "kind", "runs on", "where", "format", ">weights", ">memory")
-    for op in placement_rows(report):
-        table.add_row(
-            op["name"],
-            op["kind"],
-            op["runs_on"],
-            op["where"],
-            op["format"],
-            count(op["weights"]) if op["weights"] else "",
-            bytes_of(op["bytes"]) if op["bytes"] else "",
-        )
-    return table
-
-
-def _constants(report: Row) -> Table:
-    table = _table("Constants", "", ">", "grade", "source")
-    for constant in report["constants"]:
-        value = figure_of(constant["value"], constant["unit"])
-        table.add_row(constant["name"], value, constant["grade"], constant["source"])
-    return table
+def constants_grid(report: Row) -> Grid:
+    """Return the constants that a program's report rests on, with their sources."""
+    rows = [
+        [constant["name"], figure_of(constant["value"], constant["unit"]), constant["grade"], constant["source"]]
+        for constant in report["constants"]
+    ]
+    return ["constant", ">value", "grade", "source"], rows
 
 
 # --- Comparisons ------------------------------------------------------------------------------------------------------
@@ -380,11 +379,12 @@ def results_grid(comparison: Row) -> Grid:
     """Return what came out of each run, one row each."""
     runs = comparison["runs"]
     metric = headline_metric(dict.fromkeys(name for run in runs for name in run["metrics"]))
-    head = ["run", ">parameters", *([f">{metric_name(metric)}"] if metric else [])]
+    head = ["run", "model", ">parameters", *([f">{metric_name(metric)}"] if metric else [])]
     head += [">activity", ">training tokens/s", ">seconds of training"]
     rows = []
     for run in runs:
-        row = [run["name"], count(run["parameters"])]
+        model = f"{run['model']}, {run['neuron']}" if run["neuron"] else run["model"]
+        row = [run["name"], model, count(run["parameters"])]
         row += [metric_value(metric, run["metrics"].get(metric))] if metric else []
         row += [percent(run["activity"]), _whole(run["tokens_per_s"]), _whole(run["seconds"])]
         rows.append(row)
@@ -427,5 +427,5 @@ def _grid(title: str, grid: Grid) -> Table:
     head, rows = grid
     table = _table(title, *head)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # as it is: brackets are no markup
     return table

@@ -1,0 +1,36 @@
+"""``spiking-lm lower``: a model as a program for neuromorphic hardware."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def command(
+    model: Path = typer.Argument(..., help="A model folder, a checkpoint or a run.", show_default=False),
+    backend: str = typer.Option(..., "--backend", metavar="NAME", help="The hardware: 'plugins --hook backends'."),
+    out: Path = typer.Option(..., "--out", metavar="DIR", help="The program folder to write."),
+    settings: list[str] = typer.Option(
+        [], "--set", metavar="OPTION=VALUE", help="Set an option of the backend, e.g. numerics=int8. May be repeated."
+    ),
+    json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
+) -> None:
+    """Lower a model to hardware: place every operation, and write a program that runs without torch.
+
+    'spiking-lm deploy DIR' runs it. What cannot be placed is named, with the reason; nothing is left out silently.
+    """
+    from spiking_lm import checkpoints, hardware
+    from spiking_lm.cli._output import console, print_json
+    from spiking_lm.cli.convert import read_settings
+
+    folder = checkpoints.resolve_model(model)
+    program = hardware.lower(checkpoints.load_model(folder), backend, **read_settings(settings))
+    tokenizer = folder / "tokenizer.json"
+    program.save(out, files={tokenizer.name: tokenizer.read_bytes()} if tokenizer.is_file() else {})
+    report = program.report()
+    if json:
+        print_json({"model": str(folder), "program": str(out), "report": report.to_dict()})
+    else:
+        console.print(report.render())
+        console.print(f"wrote {out}; run it with: spiking-lm deploy {out}", markup=False, soft_wrap=True)
