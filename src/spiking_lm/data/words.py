@@ -73,8 +73,8 @@ class WordTokenizer(Tokenizer):
         for text in self.pieces(texts):
             encode_utf8(text)
             counts.update(self._cut(text))
-        words = [word for word, n in counts.items() if n >= min_count or word in (UNKNOWN, LINE_END)]
         needed = [UNKNOWN, LINE_END] if self._eos else [UNKNOWN]
+        words = [word for word, n in counts.items() if n >= min_count or word in needed]
         return words + [word for word in needed if word not in counts]
 
     def encode(self, text: str) -> Tokens:
