@@ -82,10 +82,10 @@ def load(
         raise ConfigError(f"data.tokenizer is {choice!r}", hint="write it as tokenizer: {type: byte}")
     entry = registry.get("datasets", name)
     parsed = parse_config(entry.load("config"), values, where=f"dataset {name!r}")
+    if entry.spec.task == "clips" and "tokenizer" in config:
+        raise ConfigError(f"dataset {name!r} holds clips of events, which have no tokenizer", hint="leave it out")
     corpus = entry.load("factory")(parsed)
     if isinstance(corpus, ClipData):
-        if "tokenizer" in config:
-            raise ConfigError(f"dataset {name!r} holds clips of events, which have no tokenizer", hint="leave it out")
         return dataclasses.replace(corpus, name=name)
     if isinstance(corpus, LabelledCorpus):
         return _load_labelled(name, corpus, choice)
