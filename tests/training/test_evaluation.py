@@ -144,6 +144,7 @@ def test_activity_counts_every_scored_token_once(model: Any, carry_state: bool) 
 def test_words_are_scored_as_perplexity_beside_kneser_ney_models(model: Any) -> None:
     tokenizer = {"type": "word", "split": "punctuation", "min_count": 200, "eos": False}
     data = datasets.load({"type": "austen3", "tokenizer": tokenizer})
+    assert isinstance(data, datasets.TextData)
     assert data.tokenizer.vocab_size <= 256
     config = EvaluateConfig(split="valid", window=35, carry_state=True, max_tokens=500)
     result = evaluate(model, data, config)

@@ -322,7 +322,7 @@ def test_a_group_may_have_its_own_rate(text: Any, tmp_path: Path) -> None:
     groups = [
         {"params": [p], **({"lr_scale": factors[name]} if name in factors else {})} for name, p in by_name.items()
     ]
-    model.parameter_groups = lambda weight_decay: groups
+    model.parameter_groups = lambda weight_decay: groups  # type: ignore[method-assign]
     train(RunDir.create(recipe, tmp_path), recipe, model, text, console=Console(file=io.StringIO()))
     moved = {name: float((p.detach() - before[name]).abs().max()) for name, p in by_name.items()}
     lr = recipe.train.optimizer.lr  # type: ignore[union-attr]
