@@ -7,8 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from spinnaker2_toys import make_program
+from typer.testing import CliRunner
 
+from spiking_lm.cli.bench import command
 from spiking_lm_spinnaker2 import bench
 from spiking_lm_spinnaker2.config import SpiNNaker2Config
 from spiking_lm_spinnaker2.constants import OPERATING_POINTS
@@ -18,15 +21,26 @@ from spiking_lm_spinnaker2.program import SpiNNaker2Program
 
 
 def test_the_published_point() -> None:
-    rows = bench.bench_paper(1)
-    details = rows[0].details
+    row = bench.bench_paper(1)
+    details = row.details
     assert details["pes_per_layer"] == [50, 50, 50]
     assert details["kb_per_pe"] == pytest.approx(88.3, rel=0.01)
     assert details["latency_ms"] == pytest.approx(170.25, rel=0.05)
     assert details["energy_mj"] == pytest.approx(65.3, rel=0.05)
     assert 350 < details["mean_power_mw"] < 400
-    assert all(row.passed for row in rows)
-    json.dumps([row.to_dict() for row in rows])
+    assert row.passed
+    assert row.value == pytest.approx(abs(details["kb_per_pe"] / 88.3 - 1) / 0.01)
+
+
+def test_the_published_point_is_printed_as_json() -> None:
+    app = typer.Typer()
+    app.command()(command)
+    printed = CliRunner().invoke(app, ["spinnaker2-paper", "--json"])
+    assert printed.exit_code == 0, printed.output
+    result = json.loads(printed.stdout)
+    assert result["pes_per_layer"] == [50, 50, 50]
+    assert {"kb_per_pe", "latency_ms", "energy_mj"} < set(result)
+    assert result["rows"][0]["name"] == "spinnaker2-paper"
 
 
 def test_the_published_model_is_what_was_published() -> None:
