@@ -25,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from spiking_lm.errors import PluginError, UsageError
+from spiking_lm.errors import DataError, PluginError, UsageError
 from spiking_lm.files import atomic_write
 from spiking_lm.hardware import LoweringError
 from spiking_lm.lifnet import INPUT, LIFEdge, LIFLayer, LIFNet
@@ -103,7 +103,7 @@ class NativeNet:
         Raises: PluginError, with what installs it, where py-spinnaker2 is missing; DataError.
         """
         snn = _spinnaker2("snn")
-        given = self.net.check_spikes(spikes)
+        given = _one_stream(self.net, spikes)
         populations = {
             INPUT: snn.Population(
                 size=self.net.input_size, neuron_model="spike_list", params=_times(given), name=INPUT, record=[]
@@ -286,7 +286,7 @@ def write_program(native: NativeNet, path: str | os.PathLike[str], spikes: NDArr
     script = Path(path)
     if not re.fullmatch(r"[\w.-]+\.py", script.name):
         raise UsageError(f"{script}: not the name of a Python program", hint="letters, digits, _ and -, ending in .py")
-    arrays: dict[str, NDArray[Any]] = {"spikes": native.net.check_spikes(spikes)}
+    arrays: dict[str, NDArray[Any]] = {"spikes": _one_stream(native.net, spikes)}
     text = "\n".join(_program(native, script, arrays)) + "\n"
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)  # type: ignore[arg-type]
@@ -336,13 +336,13 @@ def _head_start(layer: LIFLayer, lag: int, notes: list[str]) -> LIFLayer:
     """Return the layer with the membranes from which ``lag`` steps without input lead to its own ``v_init``."""
     decay, drift, threshold = (np.asarray(x, np.float64) for x in (layer.decay, layer.drift, layer.threshold))
     start = np.asarray(layer.v_init, np.float64)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    limit = np.full(layer.size, np.inf)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         for _ in range(lag):
             start = np.where(decay > 0, (start - drift) / decay, 0.0)
-        if lag:  # not so high as to fire at once
-            start = np.where(
-                decay > 0, np.minimum(start, (threshold - drift) / decay - 1e-6 * np.abs(threshold)), start
-            )
+        if lag:  # from higher up it would fire at once
+            limit = np.where(decay > 0, (threshold - drift) / decay - 1e-6 * np.abs(threshold), np.inf)
+    lowered, start = start > limit, np.minimum(start, limit)
     early = replace(layer, v_init=np.clip(start, -1e30, 1e30).astype(np.float32))
     waiting = LIFNet(1, (early,), ()).run(np.zeros((lag, 1)))
     if waiting.spikes[layer.name].any():
@@ -350,14 +350,11 @@ def _head_start(layer: LIFLayer, lag: int, notes: list[str]) -> LIFLayer:
             f"layer {layer.name!r} fires by its drift alone before its first input can reach it",
             hint="make its decay larger than 0, or move the drift into a weight from an input that is always on",
         )
-    if lag:
-        missed = np.abs(waiting.membranes[layer.name][-1] - layer.v_init) > 1e-4 * np.abs(threshold)
-        missed &= decay > 0
-        if missed.any():
-            notes.append(
-                f"layer {layer.name!r}: {missed.sum()} of {layer.size} neurons start below their membrane, from which "
-                "they would fire while they wait for input"
-            )
+    if lowered.any():
+        notes.append(
+            f"layer {layer.name!r}: {lowered.sum()} of {layer.size} neurons start below their membrane, from which "
+            "they would fire while they wait for input"
+        )
     return early
 
 
@@ -365,20 +362,16 @@ def _quantise(layer: LIFLayer, edges: list[LIFEdge], limit: int) -> tuple[LIFLay
     """Return the layer with a gain of 1 and strict thresholds, its weights as integers, and the factor between."""
     weights = [layer.gain.astype(np.float64)[:, None] * edge.weight for edge in edges]
     largest = max((np.abs(weight).max() for weight in weights), default=0.0)
-    scale = limit / largest if largest > 0 else 1.0
-    threshold = (layer.threshold * scale).astype(np.float32)
+    scale = float(limit / largest) if largest > 0 else 1.0
+    scaled = {
+        name: (value.astype(np.float64) * scale).astype(np.float32)
+        for name in ("threshold", "drift", "v_reset", "v_init")
+        if (value := getattr(layer, name)) is not None
+    }
     if layer.compare == ">=":  # the chip compares with >
-        threshold = np.nextafter(threshold, np.float32(-np.inf))
-    quantised = replace(
-        layer,
-        gain=np.ones(layer.size, np.float32),
-        threshold=threshold,
-        drift=layer.drift * scale,
-        v_reset=None if layer.v_reset is None else layer.v_reset * scale,
-        v_init=layer.v_init * scale,
-        compare=">",
-    )
-    return quantised, [np.rint(weight * scale).astype(np.float32) for weight in weights], float(scale)
+        scaled["threshold"] = np.nextafter(scaled["threshold"], np.float32(-np.inf))
+    quantised = replace(layer, gain=np.ones(layer.size, np.float32), compare=">", **scaled)
+    return quantised, [np.rint(weight * scale).astype(np.float32) for weight in weights], scale
 
 
 def _atoms_per_core(name: str, weights: list[NDArray[np.float32]], size: int) -> int:
@@ -418,6 +411,13 @@ def _connections(edge: LIFEdge) -> NDArray[np.int32]:
     post, pre = np.nonzero(edge.weight)
     weight = edge.weight[post, pre].astype(np.int32)
     return np.stack([pre, post, weight, np.full_like(weight, edge.delay - 1)], axis=1).astype(np.int32)
+
+
+def _one_stream(net: LIFNet, spikes: NDArray[Any]) -> NDArray[np.bool_]:
+    given = net.check_spikes(spikes)
+    if given.ndim != 2:
+        raise DataError(f"spikes of shape {given.shape}", hint="the chip runs one stream, (T, inputs), at a time")
+    return given
 
 
 def _times(spikes: NDArray[np.bool_]) -> dict[int, list[int]]:
