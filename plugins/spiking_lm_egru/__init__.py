@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from spiking_lm import hookimpl
 from spiking_lm.hookspecs import Register
-from spiking_lm.records import ConverterSpec, ModelSpec
+from spiking_lm.records import BenchmarkSpec, ConverterSpec, ModelSpec, NeuronSpec
 
 if TYPE_CHECKING:
     from spiking_lm_egru.functional import EGRUParameters, EGRUState
@@ -60,3 +60,32 @@ def spiking_lm_converters(register: Register) -> None:
             convert="spiking_lm_egru.reference:import_reference",
         )
     )
+
+
+@hookimpl
+def spiking_lm_neurons(register: Register) -> None:
+    for name, cls, summary in (
+        ("norse.lif_box", "NorseLIFBox", "Norse's LIFBoxCell: the input charges the membrane"),
+        ("norse.lif", "NorseLIF", "Norse's LIFCell: the input charges a synaptic current, and that the membrane"),
+    ):
+        register(
+            NeuronSpec(
+                name=name,
+                summary=summary,
+                config=f"spiking_lm_egru.neuron_config:{cls}Config",
+                factory=f"spiking_lm_egru.neurons:{cls}",
+                extra="egru",
+                requires=("norse",),
+            )
+        )
+
+
+@hookimpl
+def spiking_lm_benchmarks(register: Register) -> None:
+    for name, function, summary in (
+        ("egru/train-1x256", "train_1x256", "EGRU in training, one row, against a naive loop, GRU and LSTM"),
+        ("egru/train-20x650", "train_20x650", "EGRU in training, 20 rows, against a naive loop, GRU and LSTM"),
+        ("egru/decode-dense", "decode_dense", "steps of one stream with dense input, against GRUCell and LSTMCell"),
+        ("egru/decode-sparse", "decode_sparse", "steps of one stream with sparse input, against GRUCell and LSTMCell"),
+    ):
+        register(BenchmarkSpec(name=name, summary=summary, function=f"spiking_lm_egru.bench:{function}"))

@@ -138,8 +138,8 @@ def egru(
     Returns ``(y (T, B, H), state)``: the state after the last step, or with ``return_sequences`` after every step. The
     state is float32, or float64 if the parameters are; ``y`` has the dtype of ``x``.
     """
-    n_steps, batch, size = x.shape
-    a = linear(x.reshape(-1, size), kernel, p.bias).view(n_steps, batch, -1)
+    n_steps, batch, _ = x.shape
+    a = linear(x.flatten(0, 1), kernel, p.bias).view(n_steps, batch, kernel.shape[1])
     y, c, o = egru_scan(
         a,
         recurrent_kernel,

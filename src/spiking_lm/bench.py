@@ -1,4 +1,6 @@
-"""Timings of the kernels and of SpikeGPT, always against something else measured in the same run.
+"""Benchmarks: the core's timings of kernels and of SpikeGPT, and a way to run those that plugins register.
+
+A timing is always against something else measured in the same run.
 
 Machines differ and are shared, so every figure is a ratio: the candidates of a row take turns, and the medians of their
 times are divided. With one thread these are processor times, which other processes do not stretch; with more, times by
@@ -23,8 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spiking_lm.errors import MissingExtraError, UnknownNameError
+from spiking_lm import registry
+from spiking_lm.errors import MissingExtraError, PluginError, UnknownNameError
 from spiking_lm.kernels import lif_scan, wkv
+from spiking_lm.provenance import describe
 
 if TYPE_CHECKING:
     from spiking_lm.interfaces import SpikingLanguageModel
@@ -398,43 +402,56 @@ def bench_constant_time(
 
 # -- all of them -------------------------------------------------------------------------------------------------------
 
-ROWS: dict[str, Callable[[int], Row]] = {
-    "lif/1024x1x2048": partial(bench_lif, (1024, 1, 2048), 5.0),
-    "lif/128x32x512": partial(bench_lif, (128, 32, 512), 1.8),
-    "wkv/1x1024x512": partial(bench_wkv, (1, 1024, 512), 10.0),
-    "spikegpt/train-fp32": partial(bench_training, torch.float32, 60.0),
-    "spikegpt/train-bf16": partial(bench_training, torch.bfloat16, None),
-    "spikegpt/generate": bench_generation,
-    "spikegpt/constant-time": bench_constant_time,
-}
+lif_stream = partial(bench_lif, (1024, 1, 2048), 5.0)
+lif_batch = partial(bench_lif, (128, 32, 512), 1.8)
+wkv_stream = partial(bench_wkv, (1, 1024, 512), 10.0)
+train_fp32 = partial(bench_training, torch.float32, 60.0)
+train_bf16 = partial(bench_training, torch.bfloat16, None)
+
+
+def available() -> list[str]:
+    """Return every registered benchmark in the order of registration: the core's first, then plugin by plugin."""
+    return [name for plugin in registry.plugins() for name in plugin.provides.get("benchmarks", ())]
 
 
 def select(wanted: Sequence[str]) -> list[str]:
-    """Return the rows whose name is, or begins with, one of ``wanted`` (all when it is empty).
+    """Return the benchmarks whose name is, or begins with, one of ``wanted`` (all when it is empty).
 
     Raises: UnknownNameError for a name that fits none.
     """
+    known = available()
     chosen: set[str] = set()
     for name in wanted:
-        fitting = [row for row in ROWS if row == name or row.startswith(f"{name.rstrip('/')}/")]
+        fitting = [row for row in known if row == name or row.startswith(f"{name.rstrip('/')}/")]
         if not fitting:
-            raise UnknownNameError("benchmark", name, [*ROWS, *{row.partition("/")[0] for row in ROWS}])
+            raise UnknownNameError("benchmark", name, [*known, *{row.partition("/")[0] for row in known}])
         chosen.update(fitting)
-    return [row for row in ROWS if not wanted or row in chosen]
+    return [row for row in known if not wanted or row in chosen]
 
 
-def run(names: Sequence[str], *, n_threads: int = 1, repeats: int = 5) -> Iterator[Row]:
-    """Measure the rows one after the other; each is yielded when it is done."""
+def run(names: Sequence[str], *, n_threads: int = 1, repeats: int = 5) -> Iterator[list[Row]]:
+    """Run the benchmarks one after the other; the rows of each are yielded when it is done."""
     with threads(n_threads):
         for name in names:
-            yield _measure(name, repeats)
+            yield measure(name, repeats)
 
 
-def _measure(name: str, repeats: int) -> Row:
+def measure(name: str, repeats: int = 5) -> list[Row]:
+    """Run one benchmark; where it cannot run or fails, its only row says why, and the others are not disturbed."""
+    registered = registry.get("benchmarks", name)
     try:
-        return ROWS[name](repeats)
+        result = registered.load("function")(repeats)
+        rows = result if isinstance(result, list) else [result]
+        if not rows or not all(isinstance(row, Row) for row in rows):
+            raise PluginError(f"it returned {result!r:.80}, not a spiking_lm.bench.Row or a list of rows")
     except MissingExtraError as err:
-        return Row(name, name, None, note=str(err).replace("\n", ";"))
+        note = str(err).replace("\n", ";")
+    except Exception as err:  # whoever wrote it, the rest is still to be measured
+        plugin = registered.plugin
+        note = f"failed: {describe(err)} (plugin {plugin.name!r}, {plugin.origin})"
+    else:
+        return rows
+    return [Row(name, registered.spec.summary or name, None, note=note)]
 
 
 def report(rows: Sequence[Row], *, n_threads: int, repeats: int) -> dict[str, Any]:

@@ -5,7 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from spiking_lm.hookspecs import Register, hookimpl
-from spiking_lm.records import DatasetSpec, DoctorSpec, KernelSpec, MetricSpec, NeuronSpec, RecipeSpec, TokenizerSpec
+from spiking_lm.records import (
+    BenchmarkSpec,
+    DatasetSpec,
+    DoctorSpec,
+    KernelSpec,
+    MetricSpec,
+    NeuronSpec,
+    RecipeSpec,
+    TokenizerSpec,
+)
 
 
 @hookimpl
@@ -133,6 +142,21 @@ def spiking_lm_recipes(register: Register) -> None:
         folder = package.parents[1] / "recipes"
     for path in sorted(folder.rglob("*.yaml")):
         register(RecipeSpec(name=path.relative_to(folder).with_suffix("").as_posix(), path=path))
+
+
+@hookimpl
+def spiking_lm_benchmarks(register: Register) -> None:
+    """Register the timings of the kernels and of SpikeGPT."""
+    for name, function, summary in (
+        ("lif/1024x1x2048", "lif_stream", "lif_scan on a long stream, against SNN frameworks"),
+        ("lif/128x32x512", "lif_batch", "lif_scan on a batch, against SNN frameworks"),
+        ("wkv/1x1024x512", "wkv_stream", "wkv, against a loop under autograd"),
+        ("spikegpt/train-fp32", "train_fp32", "SpikeGPT in training, against its matrix products"),
+        ("spikegpt/train-bf16", "train_bf16", "SpikeGPT in training under autocast, against its matrix products"),
+        ("spikegpt/generate", "bench_generation", "generation from a carried state, against recomputing the prefix"),
+        ("spikegpt/constant-time", "bench_constant_time", "time per token late in a text, over early"),
+    ):
+        register(BenchmarkSpec(name=name, summary=summary, function=f"spiking_lm.bench:{function}"))
 
 
 @hookimpl

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from spiking_lm import bench, kernels
+from spiking_lm import bench, hookimpl, kernels, registry
 from spiking_lm.bench import Row
 from spiking_lm.errors import MissingExtraError, UnknownNameError
+from spiking_lm.records import BenchmarkSpec
 
 needs_snntorch = pytest.mark.skipif(importlib.util.find_spec("snntorch") is None, reason="snntorch is not installed")
 
@@ -50,8 +55,74 @@ def test_the_clock_follows_the_threads(count: int, clock: str) -> None:
     assert torch.get_num_threads() == before
 
 
+CORE = [
+    "lif/1024x1x2048",
+    "lif/128x32x512",
+    "wkv/1x1024x512",
+    "spikegpt/train-fp32",
+    "spikegpt/train-bf16",
+    "spikegpt/generate",
+    "spikegpt/constant-time",
+]
+
+
+class Offers:
+    """A plugin that offers one benchmark."""
+
+    def __init__(self, name: str, function: str) -> None:
+        self.spec = BenchmarkSpec(name=name, function=function)
+
+    @hookimpl
+    def spiking_lm_benchmarks(self, register: Any) -> None:
+        register(self.spec)
+
+
+def several(repeats: int) -> list[Row]:
+    times = bench.interleaved({"job": lambda: None}, repeats)
+    timed = Row("demo/time", "a time", 1.0, target=1e9, details=times.to_dict())
+    return [timed, Row("demo/figure", "a figure", 7.0, unit="PEs")]
+
+
+def broken(repeats: int) -> Row:
+    raise ZeroDivisionError("no row today")
+
+
+def lacking(repeats: int) -> Row:
+    raise MissingExtraError("model 'spikegpt'", "spikegpt")
+
+
+def nothing(repeats: int) -> list[Row]:
+    return []
+
+
+@pytest.fixture
+def offer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, Callable[[int], Any]], None]]:
+    """Put benchmarks in the place of those that are installed."""
+    module = ModuleType("bench_of_a_test")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    previous = registry.set_manager(registry.PluginManager(discover=False))
+
+    def add(name: str, function: Callable[[int], Any]) -> None:
+        setattr(module, function.__name__, function)
+        target = f"{module.__name__}:{function.__name__}"
+        plugin = registry.manager().register(Offers(name, target), name.replace("/", "-"), distribution="demo")
+        assert plugin.status == "active", plugin.error
+
+    yield add
+    registry.set_manager(previous)
+
+
+def test_the_core_offers_its_rows_in_their_order_and_first() -> None:
+    assert bench.available()[: len(CORE)] == CORE
+    assert bench.select([]) == bench.available()
+
+
+def test_every_benchmark_that_is_offered_can_be_loaded() -> None:
+    for name in bench.available():
+        assert callable(registry.get("benchmarks", name).load("function"))
+
+
 def test_rows_are_chosen_by_name_or_group() -> None:
-    assert bench.select([]) == list(bench.ROWS)
     assert bench.select(["wkv", "lif/128x32x512"]) == ["lif/128x32x512", "wkv/1x1024x512"]
     with pytest.raises(UnknownNameError, match="did you mean 'spikegpt'"):
         bench.select(["spikegtp"])
@@ -135,23 +206,25 @@ def test_constant_time_row() -> None:
     assert row.value is not None
 
 
-def test_a_missing_extra_leaves_the_other_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(repeats: int) -> Row:
-        raise MissingExtraError("model 'spikegpt'", "spikegpt")
+def test_a_benchmark_that_cannot_run_leaves_the_others(offer: Any) -> None:
+    offered = {"a/lacking": lacking, "b/broken": broken, "c/nothing": nothing, "d/several": several}
+    for name, function in offered.items():
+        offer(name, function)
+    rows = [row for measured in bench.run(bench.select([]), repeats=1) for row in measured]
+    assert [row.name for row in rows] == ["a/lacking", "b/broken", "c/nothing", "demo/time", "demo/figure"]
+    assert [row.value is None for row in rows] == [True, True, True, False, False]
+    assert "pip install 'spiking-lm[spikegpt]'" in rows[0].note
+    assert "ZeroDivisionError: no row today" in rows[1].note
+    assert "plugin 'b-broken'" in rows[1].note
+    assert "not a spiking_lm.bench.Row or a list of rows" in rows[2].note
 
-    monkeypatch.setitem(bench.ROWS, "spikegpt/train-fp32", broken)
-    row, other = bench.run(["spikegpt/train-fp32", "wkv/1x1024x512"], repeats=1)
-    assert row.value is None
-    assert "pip install 'spiking-lm[spikegpt]'" in row.note
-    assert other.value is not None
 
-
-def test_the_verb_prints_a_table_and_writes_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_verb_prints_a_table_and_writes_json(tmp_path: Path, offer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import typer
 
     from spiking_lm.cli.bench import command
 
-    monkeypatch.setattr(bench, "ROWS", {"wkv/tiny": lambda repeats: bench.bench_wkv((1, 16, 8), 1e9, repeats)})
+    offer("demo/several", several)
     monkeypatch.setenv("COLUMNS", "200")
     app = typer.Typer()
     app.command()(command)
@@ -163,8 +236,9 @@ def test_the_verb_prints_a_table_and_writes_json(tmp_path: Path, monkeypatch: py
     assert written["threads"] == 1
     assert torch.__version__.startswith(written["versions"]["torch"].partition("+")[0])
     assert written["hardware"]["cpu"]
-    (row,) = written["rows"]
-    assert row["passed"] is False, "no kernel is a billion times faster than a loop"
+    row, figure = written["rows"]
+    assert figure["value"] == 7.0
+    assert row["passed"] is False, "1 is not a billion"
     assert row["details"]["clock"] == "processor time"
     printed = CliRunner().invoke(app, ["--json", "-", "--repeats", "1"])
-    assert json.loads(printed.stdout)["rows"][0]["name"] == "wkv/1x16x8"
+    assert json.loads(printed.stdout)["rows"][0]["name"] == "demo/time"

@@ -54,7 +54,7 @@ def default() -> Iterator[PluginManager]:
 
 
 def test_kinds_are_the_hooks() -> None:
-    kinds = "models neurons kernels datasets tokenizers recipes metrics converters commands doctor"
+    kinds = "models neurons kernels backends datasets tokenizers recipes metrics converters commands benchmarks doctor"
     assert " ".join(registry.KINDS) == kinds
     classes = {cls.kind for cls in Record.__subclasses__()}
     assert classes == set(registry.KINDS), "every hook has a record class and every record class a hook"

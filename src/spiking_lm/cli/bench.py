@@ -20,9 +20,9 @@ def command(
     threads: int = typer.Option(1, "--threads", min=1, help="Threads that torch may use."),
     repeats: int = typer.Option(5, "--repeats", min=1, help="Turns of each candidate; the median counts."),
 ) -> None:
-    """Time the kernels and models on this machine.
+    """Run benchmarks on this machine: the core's and those of plugins.
 
-    Every figure is a ratio of medians, measured in turns in the same run: processor time with one thread, wall clock
+    Every timing is a ratio of medians, measured in turns in the same run: processor time with one thread, wall clock
     with more. A missed target is shown, not turned into an exit code.
     """
     from spiking_lm import bench
@@ -32,14 +32,14 @@ def command(
 
     # A file stands where a name does, so that the option needs none: "--json FILE", and "--json -" for the terminal.
     files = [name for name in names if as_json and (name == "-" or name.endswith(".json"))]
-    rows = []
+    rows: list[Row] = []
     chosen = bench.select([name for name in (*names, *only) if name not in files])
     measuring = bench.run(chosen, n_threads=threads, repeats=repeats)
     for name in chosen:
         with errors.status(f"{name} ..."):
-            rows.append(next(measuring))
+            rows += next(measuring)
     result = bench.report(rows, n_threads=threads, repeats=repeats)
-    if len(chosen) == 1:  # alone, its own figures are at hand at the top too
+    if len(rows) == 1:  # alone, its own figures are at hand at the top too
         result = {**rows[0].details, **result}
     if as_json and (not files or "-" in files):
         print_json(result)

@@ -23,10 +23,8 @@ MIN_WORK = 2_000_000
 @lru_cache(maxsize=1)
 def _onednn() -> Callable[..., Tensor] | None:
     """Return oneDNN's ``f(x, weight, ...) = x @ weight.T``, or None where it is missing or does not work as known."""
-    if not torch.backends.mkldnn.is_available():
-        return None
     try:
-        operator = torch.ops.mkldnn._linear_pointwise.default
+        operator: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
         x, weight = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(3, 4)
         works = torch.equal(operator(x, weight.t(), None, "none", [], ""), x @ weight)
     except (AttributeError, RuntimeError, TypeError):
@@ -34,10 +32,10 @@ def _onednn() -> Callable[..., Tensor] | None:
     return operator if works else None
 
 
-def _fits(rows: int, sources: int, targets: int, like: Tensor) -> bool:
-    """True when a product of this size and of tensors like ``like`` should go to oneDNN."""
-    return (
-        rows * sources * targets >= MIN_WORK
+def _fits(work: int, like: Tensor) -> bool:
+    """True when a product of so many multiply-adds, of tensors like ``like``, should go to oneDNN."""
+    return bool(
+        work >= MIN_WORK
         and like.dtype == torch.float32
         and like.device.type == "cpu"
         and torch.backends.mkldnn.enabled
@@ -48,16 +46,16 @@ def _fits(rows: int, sources: int, targets: int, like: Tensor) -> bool:
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """Return ``x (M, K) @ weight (K, N)``; no gradient is recorded."""
-    operator = _onednn() if _fits(*x.shape, weight.shape[1], x) else None
+    operator = _onednn() if _fits(x.numel() * weight.shape[1], x) else None
     return x @ weight if operator is None else operator(x, weight.t(), None, "none", [], "")
 
 
 def adder(weight: Tensor, rows: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return ``f(out, x)`` that adds ``x (rows, K) @ weight (K, N)`` to ``out`` in place, for many products by one weight.
+    """Return ``f(out, x)`` that adds ``x (rows, K) @ weight (K, N)`` to ``out``, for many products by one weight.
 
     What can be prepared once is: the choice of the library and the layout of the weight. No gradient is recorded.
     """
-    operator = _onednn() if _fits(rows, *weight.shape, weight) else None
+    operator = _onednn() if _fits(rows * weight.numel(), weight) else None
     if operator is None:
         return lambda out, x: out.addmm_(x, weight)
     transposed = weight.contiguous().t()  # a third faster than a weight that lies the other way round
@@ -66,7 +64,7 @@ def adder(weight: Tensor, rows: int) -> Callable[[Tensor, Tensor], Tensor]:
 
 def linear(x: Tensor, weight_t: Tensor, bias: Tensor) -> Tensor:
     """Return ``x (M, K) @ weight_t (K, N) + bias``, with gradients (which can be taken once)."""
-    if x.dtype == weight_t.dtype == bias.dtype and _fits(*x.shape, weight_t.shape[1], x):
+    if x.dtype == weight_t.dtype == bias.dtype and _fits(x.numel() * weight_t.shape[1], x):
         y: Tensor = _Linear.apply(x, weight_t, bias)
         return y
     return torch.addmm(bias, x, weight_t)

@@ -152,6 +152,12 @@ class _Event(torch.autograd.Function):
         return grads[0] * ctx.gamma * (1 - ctx.epsilon * v.abs()).clamp(min=0), None, None
 
 
+def egru_event(v: Tensor, gamma: float, epsilon: float) -> Tensor:
+    """Return ``[v > 0]`` in the dtype of ``v``, with ``gamma max(0, 1 - epsilon |v|)`` as its derivative."""
+    events: Tensor = _Event.apply(v, gamma, epsilon)
+    return events
+
+
 def egru_scan(
     a: Tensor,
     recurrent_kernel: Tensor,
@@ -183,7 +189,7 @@ def egru_scan(
                 p = c + keep[t].to(dtype) * (p - c)
             elif zoneout:
                 p = zoneout * c + (1 - zoneout) * p
-            o = _Event.apply(p - theta, gamma, epsilon)
+            o = egru_event(p - theta, gamma, epsilon)
             y = o * p
             c = p - o * theta
             ys.append(y)
