@@ -173,12 +173,11 @@ class EGRULanguageModel(SpikingLanguageModel):
 
     def _twin(self, rnn: nn.GRU | nn.LSTM, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        of_input, recurrent, *biases = (rnn.get_parameter(f"{name}_l0") for name in names)
+        weights: list[Tensor] = [rnn.get_parameter(f"{name}_l0") for name in names]
         if self.training and self.config.dropout_connect:
             by_row = "row_weight_drop" in self.config.reference_quirks
-            ones = torch.ones_like(recurrent[:, :1] if by_row else recurrent)
-            recurrent = recurrent * _dropped(ones, self.config.dropout_connect)
-        weights = [of_input, recurrent, *biases]
+            ones = torch.ones_like(weights[1][:, :1] if by_row else weights[1])
+            weights[1] = weights[1] * _dropped(ones, self.config.dropout_connect)
         if len(x) == 1:  # the cells: nn.LSTM repacks its weights at every call
             if isinstance(rnn, nn.LSTM):
                 state = LSTMState(*torch.lstm_cell(x[0], tuple(state), *weights))
