@@ -28,6 +28,7 @@ from spiking_lm.errors import (
     UsageError,
 )
 from spiking_lm.hardware import ProgramResult, score
+from spiking_lm.report.tables import figure_of
 
 Make = Callable[..., Any]
 
@@ -235,3 +236,19 @@ def test_scores_are_those_of_torch(toy: Make) -> None:
     np.testing.assert_allclose(score(ProgramResult(logits, None), tokens), expected.numpy(), rtol=1e-12)
     with pytest.raises(DataError, match="4 tokens were run"):
         score(ProgramResult(logits, None), tokens[1:])
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "words"),
+    [
+        (3, "PEs", "3 PEs"),
+        (15_920.4, "tokens/s", "15,920 tokens/s"),
+        (0.0653, "J", "0.0653 J"),
+        (170.2512, "ms", "170.3 ms"),
+        (2e12, "", "2e+12"),
+        (float("nan"), "ms", "–"),
+        (None, "ms", "–"),
+    ],
+)
+def test_figures_are_written_to_be_read(value: Any, unit: str, words: str) -> None:
+    assert figure_of(value, unit) == words

@@ -308,10 +308,11 @@ def pruning_table(pruning: Row) -> Table:
 
 
 def figure_of(value: float | None, unit: str) -> str:
-    """Write a figure with its unit: whole numbers whole, others with four significant digits."""
+    """Write a figure with its unit: whole numbers and large ones whole, others with four significant digits."""
     if value is None or not math.isfinite(value):
         return "–"
-    number = f"{int(value):,}" if value == int(value) and abs(value) < 1e9 else f"{value:.4g}"
+    whole = (value == int(value) or abs(value) >= 1000) and abs(value) < 1e9
+    number = f"{value:,.0f}" if whole else f"{value:.4g}"
     return f"{number} {unit}" if unit else number
 
 
