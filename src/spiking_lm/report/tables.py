@@ -283,7 +283,7 @@ def run_grid(account: Row) -> Grid:
         before, after = account["model_perplexity"], account["perplexity"]
         rows += [
             ["perplexity of the model", f"{before:.4f}", "in float, on the very same tokens"],
-            ["change", f"{after / before - 1:+.3%}".replace("%", " %"), "program against model"],
+            ["change", f"{round(after / before - 1, 5) + 0.0:+.3%}".replace("%", " %"), "program against model"],
             ["largest difference", f"{account['largest_difference']:.3g}", "of any logit"],
             ["same guess", percent(account["same_guess"]), "tokens at which both hold the same next one likeliest"],
         ]
