@@ -24,11 +24,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from spiking_lm import data, registry
-from spiking_lm.checkpoints import SUMS, TOKENIZER, WEIGHTS, load_model, resolve_model, save_model
+from spiking_lm.checkpoints import TOKENIZER, WEIGHTS, load_model, resolve_model, save_model
 from spiking_lm.errors import DataError, SpikingLMError, UsageError
 from spiking_lm.files import atomic_write, sha256_file
 from spiking_lm.interfaces import SpikingLanguageModel
 from spiking_lm.models import export_reference, import_reference
+from spiking_lm.sealed import SUMS
 
 log = logging.getLogger(__name__)
 

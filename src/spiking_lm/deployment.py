@@ -18,7 +18,7 @@ from spiking_lm.recipe import Recipe, split_choice
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from spiking_lm.data import TextData
+    from spiking_lm.data import ClipData, LabelledData, TextData
     from spiking_lm.interfaces import SpikingLanguageModel
     from spiking_lm.runs import RunDir
 
@@ -26,7 +26,9 @@ _TOKENS_PER_CALL = 256
 """Of the float model, which is fed as a program is: one stream, the state carried on."""
 
 
-def deploy(run: RunDir, recipe: Recipe, model: SpikingLanguageModel, data: TextData) -> dict[str, Any]:
+def deploy(
+    run: RunDir, recipe: Recipe, model: SpikingLanguageModel, data: TextData | LabelledData | ClipData
+) -> dict[str, Any]:
     """Lower ``model`` as ``recipe.deploy`` says, save the program as ``<run>/program``, run it and the model.
 
     Returns the JSON-able account: what :func:`run_program` gives, the model's perplexity on the very same tokens, and
@@ -96,7 +98,7 @@ def model_logits(model: SpikingLanguageModel, tokens: NDArray[Any]) -> NDArray[n
     ids = torch.from_numpy(np.asarray(tokens).astype(np.int64)).to(device)
     parts, state = [], None
     with evaluating(model):
-        for piece in ids.split(_TOKENS_PER_CALL):
+        for piece in torch.split(ids, _TOKENS_PER_CALL):
             output = model(piece[None], state)
             state = output.state
             parts.append(output.logits[0].float().cpu())

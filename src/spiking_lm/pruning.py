@@ -28,7 +28,7 @@ from spiking_lm.training import train
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from spiking_lm.data import LabelledData, TextData
+    from spiking_lm.data import ClipData, LabelledData, TextData
 
 Scope = Literal["uniform", "global"]
 
@@ -46,7 +46,7 @@ def magnitude_masks(weights: Mapping[str, Tensor], sparsity: float, scope: Scope
     if not weights:
         return {}
     kept = _largest(torch.cat([weight.detach().flatten() for weight in weights.values()]), sparsity)
-    parts = kept.split([weight.numel() for weight in weights.values()])
+    parts = torch.split(kept, [weight.numel() for weight in weights.values()])
     return {name: part.view(weight.shape) for (name, weight), part in zip(weights.items(), parts, strict=True)}
 
 
@@ -99,7 +99,7 @@ def prune(
     run: RunDir,
     recipe: Recipe,
     model: SpikingLanguageModel,
-    data: TextData | LabelledData,
+    data: TextData | LabelledData | ClipData,
     *,
     resume_from: Path,
     console: Console,
@@ -115,8 +115,7 @@ def prune(
     pruner = Pruner(prunable(model, config.parameters), config)
     path = run.path / "pruning.json"
     if resume_from.name == f"step-{base.steps:06d}" and recipe.evaluate is not None:
-        before = evaluate(model, data, recipe.evaluate)
-        run.write_json(path.name, {"before": before})
+        run.write_json(path.name, {"before": evaluate(model, data, recipe.evaluate)})
     before = read_json(path).get("before") if path.is_file() else None
     optimizer = base.optimizer.model_copy(update={"lr": config.lr or base.optimizer.lr})
     schedule = base.schedule.model_copy(update={"warmup": 0})  # the optimizer's moments are warm
@@ -159,7 +158,7 @@ class Pruner:
 
     def __enter__(self) -> Pruner:
         for weight in self.matrices.values():
-            self._handles.append(weight.register_hook(_only_living(weight)))
+            self._handles.append(weight.register_hook(_only_living(weight)))  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -191,7 +190,7 @@ class Pruner:
 
     def describe(self) -> dict[str, Any]:
         """Return the JSON-able account: how many weights each matrix has, and how many are not zero."""
-        matrices = [
+        matrices: list[dict[str, Any]] = [
             {"name": name, "weights": weight.numel(), "nonzero": int(weight.count_nonzero())}
             for name, weight in self.matrices.items()
         ]
