@@ -19,9 +19,9 @@ def command(
     tokens: int = typer.Option(256, "--tokens", min=1, help="Tokens of the embedded corpus, or most of FILE's."),
     json: bool = typer.Option(False, "--json", help="Print everything as JSON."),
 ) -> None:
-    """Run a program on its backend's simulator, and say how well it predicts and what it would cost.
+    """Run a program: how well it predicts, and what it would cost.
 
-    Without TEXT and FILE it reads the embedded corpus. Nothing here needs torch.
+    It runs on the simulator of its backend, without torch; with neither TEXT nor FILE it reads the embedded corpus.
     """
     from spiking_lm.cli._output import console, print_json
     from spiking_lm.deployment import render, run_program

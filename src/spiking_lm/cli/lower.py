@@ -16,9 +16,10 @@ def command(
     ),
     json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
 ) -> None:
-    """Lower a model to hardware: place every operation, and write a program that runs without torch.
+    """Lower a model to hardware: a program that runs without torch.
 
-    'spiking-lm deploy DIR' runs it. What cannot be placed is named, with the reason; nothing is left out silently.
+    Every operation is placed. What cannot be is named, with the reason; nothing is left out silently. 'spiking-lm
+    deploy DIR' runs the program.
     """
     from spiking_lm import checkpoints, hardware
     from spiking_lm.cli._output import console, print_json
