@@ -168,6 +168,8 @@ def _traces(y: Tensor, trace: Tensor) -> Tensor:
 def _last_trace(y: Tensor, trace: Tensor) -> Tensor:
     """Return the trace after the last step, as one weighted sum."""
     n_steps = y.shape[0]
+    if n_steps == 1:
+        return torch.lerp(trace.to(y.dtype), y[0], 1 - TRACE_DECAY)
     weights = torch.pow(TRACE_DECAY, torch.arange(n_steps - 1, -1, -1, device=y.device, dtype=y.dtype))
     added = torch.mv(y.flatten(1).t(), weights).view_as(y[0])
     return added.mul(1 - TRACE_DECAY).add(trace, alpha=TRACE_DECAY**n_steps)

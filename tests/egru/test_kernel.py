@@ -237,14 +237,15 @@ def test_event_products_equal_dense_ones(
 
 
 def test_the_cost_rule() -> None:
-    """Single streams are events up to high activity; small, batched or busy products are dense."""
+    """Single streams through large layers are events; small or batched products are dense."""
     assert events.cheaper_product(1, 1350, 4050, 0) == "event"
     assert events.cheaper_product(1, 1350, 4050, 270) == "event"
-    assert events.cheaper_product(1, 1350, 4050, 1350) == "dense"
+    assert events.cheaper_product(1, 1350, 4050, 1350) == "event", "a gather reads faster than a product of one row"
+    assert events.cheaper_product(2, 1350, 4050, 2 * 1350) == "dense"
     assert events.cheaper_product(1, 64, 192, 0) == "dense"
     assert events.cheaper_product(1, 256, 768, 51) == "dense", "weights that stay in the cache are read quickly"
     assert events.cheaper_product(64, 1350, 4050, 64 * 270) == "dense"
-    turns = [events.cheaper_product(1, 1350, 4050, active) for active in range(0, 1351, 50)]
+    turns = [events.cheaper_product(2, 1350, 4050, active) for active in range(0, 2701, 50)]
     assert turns == sorted(turns, reverse=True), "once dense is cheaper, more activity does not change it back"
     # A wide product costs its operations, a narrow one the reading of its weights.
     assert events.cheaper_product(100, 1000, 1000, 800) == "event"
@@ -265,8 +266,8 @@ def test_the_choice_does_not_change_the_result(monkeypatch: pytest.MonkeyPatch) 
     expected = torch.addmm(bias, x, weight_t)
     torch.testing.assert_close(events.linear(x, weight_t, bias), expected, rtol=1e-5, atol=1e-4)
     assert asked == [90], "few events, and no gradient is recorded"
-    events.linear(_normal(3, 1, 900).float(), weight_t, bias)
-    assert asked == [90], "all sources are active"
+    events.linear(_normal(3, 4, 900).float(), weight_t, bias)
+    assert asked == [90], "all sources of four rows are active"
     y = events.linear(x, weight_t.requires_grad_(), bias)
     assert asked == [90], "gradients are recorded"
     y.sum().backward()

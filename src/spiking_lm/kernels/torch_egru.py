@@ -52,11 +52,42 @@ def egru_scan(
     y0 = rest if y0 is None else y0.to(dtype)
     keep = None if keep is None else keep.to(dtype)
     inputs = (a, kernel, bias, theta, c0, y0)
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    if a.shape[0] == 1 and not recorded and not torch.is_autocast_enabled(a.device.type):
+        return _step(*inputs, keep, zoneout)
     with torch.autocast(a.device.type, enabled=False):
-        if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+        if recorded:
             y, c, o = _EGRUScan.apply(*inputs, keep, zoneout, gamma, epsilon)
             return y, c, o
         return _forward_only(*inputs, keep, zoneout)
+
+
+def _step(
+    a: Tensor,
+    kernel: Tensor,
+    bias: Tensor,
+    theta: Tensor,
+    c: Tensor,
+    y: Tensor,
+    keep: Tensor | None,
+    zoneout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Do a single step, as in generation: the arithmetic of :func:`_forward_only` without its preparations.
+
+    Reading the weights has emptied the caches, so that every call here costs several times what it would otherwise.
+    """
+    hidden = theta.numel()
+    q = linear(y, kernel, bias)
+    z_r, q_g = q[:, : 2 * hidden], q[:, 2 * hidden :]
+    z_r.add_(a[0, :, : 2 * hidden]).sigmoid_()
+    g = torch.addcmul(a[..., 2 * hidden :], z_r[:, hidden:], q_g).tanh_()
+    p = torch.lerp(g, c, z_r[:, :hidden])
+    if keep is not None:
+        p = torch.lerp(c, p, keep)
+    elif zoneout:
+        p.lerp_(c.expand_as(p), zoneout)
+    o = torch.gt(p, theta).to(p.dtype)
+    return p * o, torch.addcmul(p, o, theta, value=-1), o
 
 
 def _forward_only(
