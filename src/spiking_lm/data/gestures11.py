@@ -33,7 +33,7 @@ LABELS = [
     "pulse",
 ]
 
-VERSION = 1
+VERSION = 2
 """Changes whenever the same options would give other clips."""
 
 STEP_US = 2000
@@ -166,15 +166,16 @@ def _paths(scene: _Scene, size: int, n_steps: int) -> tuple[Floats, Floats, Floa
         middle = size / 2 + (scene.x[:1] - size / 2) / 4, size / 2 + (scene.y[:1] - size / 2) / 4
         x, y = middle[0] + scene.extent * np.cos(angle), middle[1] + scene.extent * np.sin(angle)
     elif gesture in ("zoom in", "zoom out"):
-        grown = there if gesture == "zoom in" else 1 - there
-        radius = radius * 0.6 * 8**grown
-        contrast = contrast * np.sin(np.pi * there) ** 2  # appears and vanishes softly
+        done = there[:, :1]  # the whole scene comes nearer: one phase for all blobs
+        scale = 0.4 * 5 ** (done if gesture == "zoom in" else 1 - done)
+        x, y, radius = size / 2 + (x - size / 2) * scale, size / 2 + (y - size / 2) * scale, radius * scale
+        contrast = contrast * np.clip(4 * np.minimum(done, 1 - done), 0, 1)  # appears and vanishes softly
     elif gesture == "side to side":
         x = x + swing
     elif gesture == "up and down":
         y = y + swing
     else:
-        radius = 1.5 * radius * 2 ** np.sin(2 * np.pi * turns)
+        radius = 1.5 * radius * 2 ** (swing / scene.extent)
     amplitude, frequency = scene.tremor
     shake = (amplitude * np.sin(2 * np.pi * frequency * t[:, :, None] + 7 * frequency)).sum(2)  # (S, 2)
     return tuple(  # type: ignore[return-value]
