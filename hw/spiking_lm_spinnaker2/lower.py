@@ -145,7 +145,7 @@ def _layer(op: Op, graph: LMGraph, weights: _Weights, config: SpiNNaker2Config, 
         weights.of(recurrent, "weight"),
         weights.find(x, "bias"),
         weights.find(recurrent, "bias"),
-        weights.of(op, "threshold"),
+        np.clip(weights.of(op, "threshold"), 0, 1),  # an optimizer's last step may have left them outside
         zoneout=op.dynamics.zoneout,
         int8=config.numerics == "int8",
         keep_zeros=config.storage == "dense",

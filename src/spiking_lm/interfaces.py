@@ -172,7 +172,7 @@ class EGRUDynamics:
         y_t = p_t [p_t > threshold]                    what is emitted
         c_t = p_t - threshold [p_t > threshold]
 
-    ``parameters`` of the op names the ``threshold``, (H,), in the model's state dict.
+    ``parameters`` of the op names the ``threshold``, (H,), in the model's state dict; it holds as clipped to [0, 1].
     """
 
     hidden_size: int

@@ -18,6 +18,8 @@ import pytest
 
 pytest.importorskip("hatchling", reason="building needs the extra dev")
 
+PACKAGES = {"spiking_lm", "spiking_lm_spikegpt", "spiking_lm_egru", "spiking_lm_spinnaker2"}
+
 SMOKE = """
 import json, sys
 import spiking_lm, spiking_lm_spikegpt
@@ -85,7 +87,7 @@ def test_every_recipe_is_in_the_wheel(root: Path, wheel: Path) -> None:
 
 def test_nothing_else_is_in_the_wheel(wheel: Path) -> None:
     tops = {name.split("/")[0] for name in names(wheel)}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"spiking_lm", "spiking_lm_spikegpt"}
+    assert {top for top in tops if not top.endswith(".dist-info")} == PACKAGES
     rubbish = re.compile(r"__pycache__|\.pyc$|\.tmp-|\.yaml\.orig|\.DS_Store|\.so$")
     assert not [name for name in names(wheel) if rubbish.search(name)]
     assert wheel.name.endswith("-py3-none-any.whl")
@@ -93,14 +95,14 @@ def test_nothing_else_is_in_the_wheel(wheel: Path) -> None:
 
 
 def test_typed_licensed_and_described(root: Path, wheel: Path) -> None:
-    assert {"spiking_lm/py.typed", "spiking_lm_spikegpt/py.typed"} <= names(wheel)
+    assert {f"{package}/py.typed" for package in PACKAGES} <= names(wheel)
     metadata = email.message_from_string(text(wheel, ".dist-info/METADATA"))
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata.get_all("License-File") == ["LICENSE", "NOTICE"]
     for name in ("LICENSE", "NOTICE"):
         assert text(wheel, f".dist-info/licenses/{name}") == (root / name).read_text(encoding="utf-8")
     assert metadata["Requires-Python"] == ">=3.10"
-    assert {"spikegpt", "report", "all", "dev"} <= set(metadata.get_all("Provides-Extra", []))
+    assert {"spikegpt", "egru", "spinnaker2", "nir", "report", "all", "dev"} <= set(metadata.get_all("Provides-Extra", []))
     assert metadata["Description-Content-Type"] == "text/markdown"
 
 
