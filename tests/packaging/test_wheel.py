@@ -102,7 +102,8 @@ def test_typed_licensed_and_described(root: Path, wheel: Path) -> None:
     for name in ("LICENSE", "NOTICE"):
         assert text(wheel, f".dist-info/licenses/{name}") == (root / name).read_text(encoding="utf-8")
     assert metadata["Requires-Python"] == ">=3.10"
-    assert {"spikegpt", "egru", "spinnaker2", "nir", "report", "all", "dev"} <= set(metadata.get_all("Provides-Extra", []))
+    extras = {"spikegpt", "egru", "spinnaker2", "nir", "report", "all", "dev"}
+    assert extras <= set(metadata.get_all("Provides-Extra", []))
     assert metadata["Description-Content-Type"] == "text/markdown"
 
 
