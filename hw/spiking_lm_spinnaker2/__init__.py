@@ -18,6 +18,7 @@ def spiking_lm_backends(register: Register) -> None:
             config="spiking_lm_spinnaker2.config:SpiNNaker2Config",
             lower="spiking_lm_spinnaker2.lower:lower",
             program="spiking_lm_spinnaker2.program:SpiNNaker2Program",
+            check="spiking_lm_spinnaker2.lower:check",
         )
     )
 

@@ -44,6 +44,11 @@ def lower(model: SpikingLanguageModel, config: SpiNNaker2Config) -> SpiNNaker2Pr
     return SpiNNaker2Program.of(embedding, layers, matrices, config, model=model.config.model_type)
 
 
+def check(model: SpikingLanguageModel) -> None:
+    """Raise LoweringError where the model's ops, whatever their weights, have no place on SpiNNaker 2."""
+    _recognise(model.graph())
+
+
 def _recognise(graph: LMGraph) -> tuple[Op, list[Op], list[Op]]:
     """Return embedding, EGRU layers and output head. Raises LoweringError for a graph of another form."""
     _refuse_foreign([op for op in graph if not _known(op, graph)])

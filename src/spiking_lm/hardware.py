@@ -207,6 +207,16 @@ def lower(model: SpikingLanguageModel, backend: str, **options: Any) -> Program:
     return program
 
 
+def check_model(model: SpikingLanguageModel, backend: str) -> None:
+    """Say of a model, trained or not, that the backend has no place for one of its ops.
+
+    Raises: LoweringError naming the op. What depends on weights, such as memory, is left to :func:`lower`.
+    """
+    entry = registry.get("backends", backend)
+    if entry.spec.check is not None:
+        entry.load("check")(model)
+
+
 def load_program(path: str | os.PathLike[str], *, verify: bool = True) -> Program:
     """Load what :meth:`Program.save` wrote, without torch; ``verify=False`` skips the hashes.
 

@@ -101,13 +101,15 @@ class BackendSpec(Record):
     """A hardware backend: its options, what lowers a model to it, and the program that runs there."""
 
     kind = "backends"
-    targets = ("config", "lower", "program")
+    targets = ("config", "lower", "program", "check")
     config: str
     """A :class:`spiking_lm.config.BackendConfig` subclass."""
     lower: str
     """``f(model, config) -> Program``."""
     program: str
     """A :class:`spiking_lm.hardware.Program` subclass in a module that does not import torch."""
+    check: str | None = None
+    """``f(model) -> None``: raises LoweringError for what no weights could make fit; runs ask before they train."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -442,6 +442,10 @@ class _Stages:
             from spiking_lm.pruning import prunable
 
             prunable(self.model, recipe.prune.parameters)  # a pattern that fits nothing says so before training
+        if recipe.deploy is not None and "deploy" not in run.manifest["stages"]:
+            from spiking_lm.hardware import check_model
+
+            check_model(self.model, recipe.deploy["backend"])
         if recipe.compare is not None and not run.manifest["stages"]:
             from spiking_lm.compare import build_variants
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,14 @@ def test_spikegpt_is_refused_by_name() -> None:
     for kind in ("wkv", "norm", "token_shift", "neuron"):
         assert f"'{first[kind]}' ({kind})" in str(error.value)
     assert "exponentially weighted sums" in str(error.value)
+
+
+def test_a_run_says_so_before_it_trains(tmp_path: Path) -> None:
+    small = {"model.type": "spikegpt", "model.n_layer": 1, "model.n_embd": 8, "model.neuron": {"type": "lif"}}
+    with pytest.raises(LoweringError, match=r"'blocks\.0\.att\.wkv'"):
+        spiking_lm.run_recipe("egru/austen-spinnaker2", small, out=tmp_path)
+    (run,) = (tmp_path / "egru" / "austen-spinnaker2").glob("2*")
+    assert not (run / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
