@@ -133,7 +133,7 @@ class EGRULanguageModel(SpikingLanguageModel):
             if self.training:
                 self._add_penalties(losses, y, c, o, last=layer + 1 == config.n_layer)
             x = y
-        return LMOutput(self._decode(self._dropout(x, config.dropout_last)), tuple(after), spikes, arrived, losses)
+        return LMOutput(self._decode(self._dropout(x, config.dropout_last)), tuple(after), spikes, losses, arrived)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """Look up ``tokens (T, B)``; in training, words drop out of the vocabulary as a whole."""

@@ -41,10 +41,10 @@ class LMOutput:
     state: State
     spikes: dict[str, Tensor] | None = None
     """Site name -> ``(B, S, N)``, when asked for."""
-    arrived: dict[str, Tensor] = field(default_factory=dict)
-    """With the spikes: op name -> what its weight matrix read, ``(B, S, n_in)``, where no ``nn.Linear`` holds it."""
     aux_losses: dict[str, Tensor] = field(default_factory=dict)
     """Scalars that training adds to the cross-entropy."""
+    arrived: dict[str, Tensor] = field(default_factory=dict)
+    """With the spikes: op name -> what its weight matrix read, ``(B, S, n_in)``, where no ``nn.Linear`` holds it."""
 
 
 class SpikingLanguageModel(nn.Module, ABC):
