@@ -45,9 +45,10 @@ def sampling_weights(logits: Tensor, temperature: float = 1.0, top_k: int | None
     p = torch.softmax(logits.float(), -1)
     if top_p < 1.0:
         ordered = p.sort(-1, descending=True).values
-        crossing = (ordered.cumsum(-1) > top_p).to(torch.uint8).argmax(-1, keepdim=True)
-        # Rounding can keep the whole sum at or below top_p; then nothing crosses and nothing is cut.
-        crosses = ordered.sum(-1, keepdim=True) > top_p
+        mass = ordered.cumsum(-1)
+        crossing = (mass > top_p).to(torch.uint8).argmax(-1, keepdim=True)
+        # Rounding can keep the whole mass at or below top_p; then nothing crosses and nothing is cut.
+        crosses = mass[..., -1:] > top_p
         p = p.masked_fill((p < ordered.gather(-1, crossing)) & crosses, 0.0)
     return p if temperature == 1.0 else p ** (1.0 / temperature)
 

@@ -141,13 +141,14 @@ def test_interrupt_saves_and_says_how_to_resume(text: Any, tmp_path: Path, monke
 
     monkeypatch.setattr(training.NextToken, "loss", interrupt_at_third)
     run = RunDir.create(recipe, tmp_path)
+    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(InterruptedRunError) as caught:
         train(run, recipe, build_model(recipe, text), text, console=Console(file=io.StringIO()))
     assert str(run.path) in str(caught.value.hint)
     saved = latest_checkpoint(run.path)
     assert saved is not None
     assert saved.name == "step-000003"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
