@@ -196,6 +196,13 @@ class Explanation:
             return f"Nowhere: this model has no spikes; all {matrices} weight matrices read real numbers (100 % MAC)."
         sites = "1 site" if len(self.sites) == 1 else f"{len(self.sites)} sites"
         weights = sum(share.weight_share for share in driven)
+        graded = {name for site in self.sites if site.kind == "graded" for name in site.feeds}
+        fed = [op for op in self.ops if op.op_class == "MAC" and op.name in graded]
+        if fed and not any(share.matrices for share in driven):
+            return (
+                f"In front of {len(fed)} of {matrices} weight matrices, as graded events: {percent(_zeros(fed))} of "
+                "their inputs are zero and can be skipped, but events carry values to multiply (0 % AC, 100 % MAC)."
+            )
         if not any(share.matrices for share in driven):
             readers = Counter(kind for site in self.sites for kind in site.feeds_kinds)
             reads = " and ".join(_readers(kind, n) for kind, n in readers.most_common()) or "nothing"
@@ -205,11 +212,10 @@ class Explanation:
             )
         dense = sum(share.dense_share for share in driven)
         fed = [op for op in self.ops if op.op_class in ("AC", "integer-AC")]
-        firing = 1 - sum((op.input_zeros or 0.0) * op.dense for op in fed) / sum(op.dense for op in fed)
         return (
             f"In front of {sum(share.matrices for share in driven)} of {matrices} weight matrices: spikes drive "
             f"{percent(weights)} of the matrix weights and {percent(dense)} of the dense synaptic operations, "
-            f"where {percent(firing)} of the inputs fire."
+            f"where {percent(1 - _zeros(fed))} of the inputs fire."
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -236,6 +242,11 @@ _READERS = {
     "wkv": ("time mix", ""),
     "pool": ("pooling", ""),
 }
+
+
+def _zeros(ops: list[OpCount]) -> float:
+    """Return the share of zeros among what arrives at ``ops``, each weighed by its operations."""
+    return sum((op.input_zeros or 0.0) * op.dense for op in ops) / sum(op.dense for op in ops)
 
 
 def _readers(kind: str, n: int) -> str:

@@ -359,6 +359,7 @@ def test_where_the_spikes_are(cell: str, projection: bool) -> None:
     if cell == "egru":
         head = "decoder.projection" if projection else "decoder.decoder"
         assert sparse == {"rnns.0.recurrent", "rnns.1.input", "rnns.1.recurrent", head}
+        assert explained.answer.startswith(f"In front of 4 of {5 + projection} weight matrices, as graded events")
         for site in explained.sites:
             spikes = output.spikes[site.name]
             assert site.rate == pytest.approx(int(torch.count_nonzero(spikes)) / spikes.numel())
