@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from spiking_lm import registry
 
 # Machines are noisy and torch's first call is slow: how long an example takes says nothing here.
 settings.register_profile("spiking-lm", deadline=None)
@@ -27,3 +31,17 @@ def shared() -> Path:
 def root() -> Path:
     """The repository."""
     return ROOT
+
+
+@pytest.fixture
+def add_plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None]]:
+    """Put a folder where this process and its children find the distributions in it, for one test."""
+    previous = registry.set_manager(None)
+
+    def add(folder: Path) -> None:
+        monkeypatch.syspath_prepend(str(folder))
+        before = os.environ.get("PYTHONPATH")
+        monkeypatch.setenv("PYTHONPATH", str(folder) if not before else f"{folder}{os.pathsep}{before}")
+
+    yield add
+    registry.set_manager(previous)

@@ -20,8 +20,10 @@ from spiking_lm.bench import interleaved, threads
 from spiking_lm.errors import DataError, InterruptedRunError, RecipeError
 from spiking_lm.generation import evaluating
 from spiking_lm.interfaces import LMOutput, Neuron, SpikingLanguageModel, State
+from spiking_lm.preparation import build_model, load_data, sample_tokens
 from spiking_lm.recipe import Recipe, variants
-from spiking_lm.runs import RunDir, build_model, load_data, read_json, run_recipe, sample_tokens
+from spiking_lm.rundir import RunDir, read_json
+from spiking_lm.runs import run_recipe
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from spiking_lm.data import ClipData, LabelledData, TextData
     from spiking_lm.interfaces import SpikingLanguageModel
-    from spiking_lm.runs import RunDir
+    from spiking_lm.rundir import RunDir
 
 _TOKENS_PER_CALL = 256
 """Of the float model, which is fed as a program is: one stream, the state carried on."""
@@ -37,7 +37,7 @@ def deploy(
     Raises: LoweringError naming the op that cannot be placed; DataError when the split has not two tokens,
     UsageError when the data is no text.
     """
-    from spiking_lm.runs import sample_tokens
+    from spiking_lm.preparation import sample_tokens
 
     assert recipe.deploy is not None
     if not hasattr(data.test, "tokens"):

@@ -21,7 +21,7 @@ from spiking_lm.graph import Op
 from spiking_lm.interfaces import SpikingLanguageModel
 from spiking_lm.recipe import Recipe
 from spiking_lm.report.tables import pruning_table
-from spiking_lm.runs import RunDir, read_json
+from spiking_lm.rundir import RunDir, read_json
 from spiking_lm.stages import PruneConfig
 from spiking_lm.training import train
 

@@ -34,7 +34,7 @@ from spiking_lm.recipe import Recipe
 from spiking_lm.stages import EvaluateConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 
 if TYPE_CHECKING:
-    from spiking_lm.runs import RunDir
+    from spiking_lm.rundir import RunDir
 
 AfterStep = Callable[[int, torch.optim.Optimizer], Mapping[str, float]]
 

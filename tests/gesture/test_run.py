@@ -15,7 +15,8 @@ from spiking_lm.checkpoints import load_model
 from spiking_lm.cli import _guarded
 from spiking_lm.errors import InterruptedRunError, RecipeError
 from spiking_lm.recipe import find_recipe, load_recipe, resolve
-from spiking_lm.runs import RunDir, plan, run_recipe
+from spiking_lm.rundir import RunDir
+from spiking_lm.runs import plan, run_recipe
 
 RECIPE: dict[str, Any] = {
     "schema": 1,

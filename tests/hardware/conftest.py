@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from spiking_lm import create_model, registry
+from spiking_lm import create_model
 
 PLUGIN = Path(__file__).parent / "plugin"
 
@@ -31,13 +30,8 @@ report: {{raster_tokens: 40}}
 
 
 @pytest.fixture(autouse=True)
-def toy_plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.syspath_prepend(str(PLUGIN))
-    before = os.environ.get("PYTHONPATH")
-    monkeypatch.setenv("PYTHONPATH", str(PLUGIN) if not before else f"{PLUGIN}{os.pathsep}{before}")
-    previous = registry.set_manager(None)
-    yield
-    registry.set_manager(previous)
+def toy_plugin(add_plugins: Callable[[Path], None]) -> None:
+    add_plugins(PLUGIN)
 
 
 @pytest.fixture

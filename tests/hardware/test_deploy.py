@@ -22,9 +22,11 @@ from spiking_lm.checkpoints import load_model
 from spiking_lm.cli import _guarded
 from spiking_lm.deployment import deploy, model_logits
 from spiking_lm.errors import ConfigError, RecipeError, UsageError
+from spiking_lm.preparation import load_data, sample_tokens
 from spiking_lm.pruning import prunable
 from spiking_lm.recipe import load_recipe
-from spiking_lm.runs import RunDir, load_data, read_json, run_recipe, sample_tokens
+from spiking_lm.rundir import RunDir, read_json
+from spiking_lm.runs import run_recipe
 
 Make = Callable[..., Any]
 

@@ -12,7 +12,7 @@ import pytest
 from spiking_lm import safeyaml
 from spiking_lm.errors import RecipeError, UnknownNameError
 from spiking_lm.recipe import load_recipe
-from spiking_lm.runs import RunDir
+from spiking_lm.rundir import RunDir
 
 Write = Callable[..., Path]
 

@@ -24,7 +24,8 @@ from spiking_lm.errors import (
 )
 from spiking_lm.interfaces import Neuron
 from spiking_lm.recipe import Recipe, load_recipe, recipes, variants
-from spiking_lm.runs import RunDir, plan, run_recipe
+from spiking_lm.rundir import RunDir
+from spiking_lm.runs import plan, run_recipe
 
 COMPARE = """
 compare:

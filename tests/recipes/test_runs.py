@@ -19,7 +19,8 @@ from spiking_lm.checkpoints import load_model
 from spiking_lm.errors import DataError, DivergedError, InterruptedRunError, RecipeError, UnknownNameError, UsageError
 from spiking_lm.manifest import describe_environment, git_revision, plain
 from spiking_lm.recipe import load_recipe
-from spiking_lm.runs import RunDir, plan, read_metrics, run_recipe
+from spiking_lm.rundir import RunDir, read_metrics
+from spiking_lm.runs import plan, run_recipe
 
 TRAIN_ONLY = {"evaluate": None, "generate": None, "explain": None}
 

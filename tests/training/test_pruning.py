@@ -20,9 +20,11 @@ import spiking_lm
 from spiking_lm.accounting import connection_sparsity
 from spiking_lm.checkpoints import load_checkpoint, load_model
 from spiking_lm.errors import InterruptedRunError, RecipeError, UsageError
+from spiking_lm.preparation import load_data
 from spiking_lm.pruning import Pruner, magnitude_masks, prunable, sparsity_at
 from spiking_lm.recipe import load_recipe
-from spiking_lm.runs import RunDir, read_json, run_recipe
+from spiking_lm.rundir import RunDir, read_json
+from spiking_lm.runs import run_recipe
 from spiking_lm.stages import PruneConfig
 
 RECIPE = """\
@@ -193,7 +195,7 @@ def test_a_run_prunes_and_its_later_stages_see_that(recipe_file: Path, tmp_path:
 
     # Before: the trained model; after: the pruned one, which is what evaluate and explain looked at.
     trained, _ = load_checkpoint(run.path / "checkpoints" / "step-000006")
-    recipe, data = run.recipe, spiking_lm.runs.load_data(run.recipe.data, Console(file=io.StringIO()))
+    recipe, data = run.recipe, load_data(run.recipe.data, Console(file=io.StringIO()))
     assert recipe.evaluate is not None
     scores = [spiking_lm.evaluation.evaluate(m, data, recipe.evaluate)["metrics"] for m in (trained, model)]
     assert pruning["before"]["metrics"] == scores[0]

@@ -21,8 +21,9 @@ import spiking_lm
 from spiking_lm import data as datasets
 from spiking_lm.checkpoints import latest_checkpoint
 from spiking_lm.errors import ConfigError, DivergedError, InterruptedRunError, RecipeError
+from spiking_lm.preparation import build_model
 from spiking_lm.recipe import Recipe, load_recipe
-from spiking_lm.runs import RunDir, build_model
+from spiking_lm.rundir import RunDir
 from spiking_lm.stages import ScheduleConfig
 from spiking_lm.training import learning_rate, train
 

@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from spiking_lm.recipe import load_recipe
-from spiking_lm.runs import read_json, run_recipe
+from spiking_lm.rundir import read_json
+from spiking_lm.runs import run_recipe
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "ptb": {

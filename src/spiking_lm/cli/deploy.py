@@ -48,7 +48,7 @@ def command(
 
 def _folder(path: Path) -> Path:
     """Return the program folder that ``path`` means: itself, or that of a run."""
-    from spiking_lm.runs import RunDir
+    from spiking_lm.rundir import RunDir
 
     is_run = (path / "manifest.json").is_file() or (path / "latest").is_file()
     return RunDir.open(path).path / "program" if is_run else path

@@ -83,7 +83,7 @@ def _described(data: str) -> dict[str, Any] | None:
 def _load(config: dict[str, Any], folder: Path, console: Any) -> Any:
     """Load data with the tokenizer that was saved with the model: one trained afresh might number tokens otherwise."""
     from spiking_lm import registry
-    from spiking_lm.runs import load_data
+    from spiking_lm.preparation import load_data
 
     if registry.get("datasets", config["type"]).spec.task == "clips":
         return load_data(config, console)

@@ -42,7 +42,8 @@ def execute(
     """Do what ``run`` and ``train`` do: run, or say what would be run."""
     from spiking_lm.cli import _output
     from spiking_lm.errors import UsageError
-    from spiking_lm.runs import RunDir, run_recipe
+    from spiking_lm.rundir import RunDir
+    from spiking_lm.runs import run_recipe
 
     console = _output.errors if as_json else _output.console
     if recipe is None and resume in (None, "auto"):
@@ -80,7 +81,7 @@ def _summary(run: Any) -> dict[str, Any]:
     results = {f"{name}.json": name for name in ("pruning", "evaluation", "explanation", "deployment", "compare")}
     for file, key in results.items():
         if (run.path / file).is_file():
-            from spiking_lm.runs import read_json
+            from spiking_lm.rundir import read_json
 
             summary[key] = read_json(run.path / file)
     return {"run": str(run.path), **summary}

@@ -72,9 +72,10 @@ def _step(
     keep: Tensor | None,
     zoneout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Do a single step, as in generation: the arithmetic of :func:`_forward_only` without its preparations.
+    """Do a single step, ``a (1, B, 3H)``; the product reads only the rows of active units where that is cheaper.
 
-    Reading the weights has emptied the caches, so that every call here costs several times what it would otherwise.
+    In generation, reading the weights has emptied the caches, so that every call here costs several times what it would
+    otherwise.
     """
     hidden = theta.numel()
     q = linear(y, kernel, bias)
@@ -100,24 +101,16 @@ def _forward_only(
     keep: Tensor | None,
     zoneout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Keep nothing but the outputs; a recurrent product reads only the rows of active units where that is cheaper."""
-    n_steps, hidden = a.shape[0], theta.numel()
-    outputs = tuple(a.new_empty((n_steps, *c.shape)) for _ in range(3))
-    for t, (a_t, y_t, c_t, o_t) in enumerate(zip(a.unbind(0), *(x.unbind(0) for x in outputs), strict=True)):
-        q = linear(y, kernel, bias)
-        z_r, q_g = q[:, : 2 * hidden], q[:, 2 * hidden :]
-        z_r.add_(a_t[:, : 2 * hidden]).sigmoid_()
-        g = torch.addcmul(a_t[:, 2 * hidden :], z_r[:, hidden:], q_g).tanh_()
-        p = torch.lerp(g, c, z_r[:, :hidden], out=g)
-        if keep is not None:
-            torch.lerp(c, p, keep[t], out=p)
-        elif zoneout:
-            p.lerp_(c, zoneout)
-        torch.gt(p, theta, out=o_t)
-        torch.mul(p, o_t, out=y_t)
-        torch.addcmul(p, o_t, theta, value=-1, out=c_t)
-        y, c = y_t, c_t
-    y, c, o = outputs
+    """Scan :func:`_step`."""
+    steps = []
+    for start in range(a.shape[0]):
+        one = slice(start, start + 1)
+        step = _step(a[one], kernel, bias, theta, c, y, None if keep is None else keep[one], zoneout)
+        y, c = step[0][0], step[1][0]
+        steps.append(step)
+    if not steps:
+        return a.new_empty((0, *c.shape)), a.new_empty((0, *c.shape)), a.new_empty((0, *c.shape))
+    y, c, o = (torch.cat(parts) for parts in zip(*steps, strict=True))
     return y, c, o
 
 
