@@ -37,7 +37,7 @@ class ActivationScheme(StrictModel):
     """The finest count of a salient channel. exact: T (2^bits - 1), what T steps can emit. reference: T 2^bits - 1, as
     published, of which T steps cannot emit the highest."""
     spikes: Literal["signed", "unsigned"] = "signed"
-    """signed: a count is relative to the zero point, so zero is silent and spikes have a sign. unsigned: counts from the
+    """signed: counts from the zero point, so that zero is silent and spikes have a sign. unsigned: counts from the
     least value upwards, and a constant per output for the zero point. The products are the same."""
     scale: Literal["dynamic", "static"] = "dynamic"
     """dynamic: from each token's own range. static: from the calibration text, for hardware without a divider."""
