@@ -107,9 +107,35 @@ class TestLSTMTwin(EGRUContract):
     changes: ClassVar = {"cell": "lstm", "dropout_connect": 0.2, "projection": True, "alpha": 0.1, "beta": 0.1}
 
 
+class SpikeLLMContract(ModelContract):
+    changes: ClassVar[dict[str, Any]] = {}
+
+    @pytest.fixture
+    def model(self) -> SpikingLanguageModel:
+        torch.manual_seed(7)
+        return create_model("spikellm", **{**SMALL, "n_inner": 24, "n_head": 4, **self.changes})
+
+
+class TestLlama(SpikeLLMContract):
+    """Every scheme off: the float model."""
+
+
+class TestLlamaGroupedQueries(SpikeLLMContract):
+    changes: ClassVar = {"n_kv_head": 2, "head_dim": 6, "tie_embeddings": True}
+
+
+class TestQwen2(SpikeLLMContract):
+    changes: ClassVar = {"qkv_bias": True, "rope_scaling": {"type": "linear", "factor": 2.0}}
+
+
+class TestMistral(SpikeLLMContract):
+    changes: ClassVar = {"sliding_window": 5, "n_kv_head": 1, "rope_scaling": {"type": "llama3", "factor": 8.0}}
+
+
 def test_every_first_party_model_is_under_contract() -> None:
     assert {name for name, entry in registry.all("models").items() if entry.plugin.first_party} == {
         "spikegpt",
         "egru",
         "egru-gesture",
+        "spikellm",
     }

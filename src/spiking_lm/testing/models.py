@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from fnmatch import fnmatch
+from itertools import zip_longest
 from pathlib import Path
 from typing import ClassVar
 
@@ -181,7 +182,11 @@ class ModelContract:
             assert tensor.shape[:1] == (5,), f"state{path} has shape {tuple(tensor.shape)}: the batch comes first"
             assert not tensor.requires_grad, f"state{path}: the first state needs no gradient"
             assert path in after, f"state{path} is gone after forward"
-            assert after[path].shape == tensor.shape, f"state{path} grows: {tuple(after[path].shape)} after forward"
+            # What is empty at first, such as a cache of keys and values, may grow along its empty dimension.
+            before, now = tuple(tensor.shape), tuple(after[path].shape)
+            assert now == tuple(n if m == 0 else m for m, n in zip_longest(before, now, fillvalue=-1)), (
+                f"state{path} grows from {before} to {now}"
+            )
             assert after[path].dtype == tensor.dtype, f"state{path} went from {tensor.dtype} to {after[path].dtype}"
         assert len(after) == len(list(state_tensors(start))), "forward returns another number of state tensors"
 

@@ -1,0 +1,305 @@
+"""SpikeLLM in one file: a Llama-family transformer whose projections read spike counts (Xing et al., arXiv 2407.04752).
+
+::
+
+    tokens -> embedding -> block 0 -> ... -> block N-1 -> norm -> head
+    x <- x + o(attention(q(h), k(h), v(h))),  h = norm(x)         positions turn queries and keys (rotary embedding)
+    x <- x + down(silu(gate(h)) * up(h)),     h = norm(x)
+
+The seven projections of a block are :class:`~spiking_lm_spikellm.layers.SpikingLinear`: what they read becomes counts
+of Generalized Integrate-and-Fire spikes where ``config.activations`` says so, and their weights are packed where
+``config.weights`` does. Embedding, norms, softmax, residual stream and head stay real. With every scheme off this is
+Llama, Mistral or Qwen2 itself; module names are those of Hugging Face.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spiking_lm.errors import UsageError
+from spiking_lm.graph import LMGraph, Op
+from spiking_lm.interfaces import LMOutput, SpikeSite, SpikingLanguageModel, State
+from spiking_lm.watch import check_range
+from spiking_lm_spikellm.config import SpikeLLMConfig
+from spiking_lm_spikellm.layers import SpikingLinear
+
+
+class LayerCache(NamedTuple):
+    """What a block remembers of the tokens so far: keys (after rotation by position) and values, ``(B, L, H, d)``."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class SpikeLLMState(NamedTuple):
+    """What the model remembers; the caches grow with the text.
+
+    Caches are aligned at their end: the last ``length[b]`` entries of row b are its tokens, and what is before them is
+    not looked at. So rows may have read texts of different lengths.
+    """
+
+    length: Tensor
+    """Tokens read, ``(B,)``."""
+    layers: tuple[LayerCache, ...]
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation; ``bias`` is empty unless a transformation of the weights puts one there."""
+
+    bias: Tensor | None
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+        self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        return x if self.bias is None else x + self.bias
+
+
+class Rotary(nn.Module):
+    """Rotary positions (Su et al., arXiv 2104.09864): channel pairs (j, j + d/2) of a head turn with the position."""
+
+    def __init__(self, config: SpikeLLMConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def frequencies(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return the angle per token of every pair, ``(d/2,)``."""
+        config, size = self.config, self.config.head_size
+        exponents = torch.arange(0, size, 2, dtype=dtype, device=device) / size
+        turning = config.rope_theta**-exponents
+        scaling = config.rope_scaling
+        if scaling is None:
+            return turning
+        if scaling.type == "linear":
+            return turning / scaling.factor
+        # llama3: slow pairs are stretched, fast ones stay, and how often a pair turns in the context mixes the two
+        turns = scaling.original_ctx_len * turning / (2 * math.pi)
+        share = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        share = share.clamp(0, 1)
+        return (1 - share) * turning / scaling.factor + share * turning
+
+    def forward(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosine and sine for ``positions (S,)`` or ``(B, S)``, shaped to turn ``(B, S, H, d)``."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        angles = positions[..., None, None].to(dtype) * self.frequencies(dtype, like.device)
+        angles = torch.cat([angles, angles], -1)
+        return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs of ``x (B, S, H, d)`` by the angles of their positions."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+class Attention(nn.Module):
+    """Causal attention: ``n_head`` heads of queries share ``kv_heads`` heads of keys and values."""
+
+    def __init__(self, config: SpikeLLMConfig) -> None:
+        super().__init__()
+        self.config = config
+        queries, keys = config.n_head * config.head_size, config.kv_heads * config.head_size
+        self.q_proj = SpikingLinear(config.n_embd, queries, config.qkv_bias, config.weights, config.activations)
+        self.k_proj = SpikingLinear(config.n_embd, keys, config.qkv_bias, config.weights, config.activations)
+        self.v_proj = SpikingLinear(config.n_embd, keys, config.qkv_bias, config.weights, config.activations)
+        self.o_proj = SpikingLinear(queries, config.n_embd, False, config.weights, config.activations)
+        self.rotary = Rotary(config)
+
+    def forward(self, x: Tensor, positions: Tensor, past: LayerCache | None) -> tuple[Tensor, LayerCache]:
+        heads = (*x.shape[:2], -1, self.config.head_size)
+        q, k, v = (proj(x).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        cos, sin = self.rotary(positions, x)
+        q, k = turn(q, cos, sin), turn(k, cos, sin)
+        if past is not None:
+            k, v = torch.cat([past.keys, k], 1), torch.cat([past.values, v], 1)
+        y = self.attend(q, k, v, positions)
+        return self.o_proj(y.flatten(2)), LayerCache(k, v)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+        """Mix values ``v (B, L, H, d)`` by how queries ``q (B, S, heads, d)`` of the last S tokens fit the keys."""
+        window, length = self.config.sliding_window, k.shape[1]
+        plain = length == q.shape[1] and (window is None or length <= window)
+        mask = None if plain else self._mask(positions, length)
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, is_causal=plain, enable_gqa=True
+        )
+        return y.transpose(1, 2)
+
+    def _mask(self, positions: Tensor, length: int) -> Tensor:
+        """Say which of ``length`` cached tokens each query may look at: ``(B or 1, 1, S, L)``."""
+        asks = positions.view(-1, positions.shape[-1])
+        holds = asks[:, -1:] + torch.arange(1 - length, 1, device=positions.device)
+        distance = asks[:, :, None] - holds[:, None, :]
+        seen = (distance >= 0) & (holds >= 0)[:, None, :]
+        if self.config.sliding_window is not None:
+            seen &= distance < self.config.sliding_window
+        return seen[:, None]
+
+
+class FeedForward(nn.Module):
+    """The gated feed-forward layer, SwiGLU."""
+
+    def __init__(self, config: SpikeLLMConfig) -> None:
+        super().__init__()
+        schemes = config.weights, config.activations
+        self.gate_proj = SpikingLinear(config.n_embd, config.n_inner, False, *schemes)
+        self.up_proj = SpikingLinear(config.n_embd, config.n_inner, False, *schemes)
+        self.down_proj = SpikingLinear(config.n_inner, config.n_embd, False, *schemes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)))
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: SpikeLLMConfig, layer: int = 0) -> None:
+        super().__init__()
+        self.layer = layer
+        self.input_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = FeedForward(config)
+
+    def forward(self, x: Tensor, positions: Tensor, past: LayerCache | None = None) -> tuple[Tensor, LayerCache]:
+        """Run ``x (B, S, C)`` of tokens at ``positions (S,)`` or ``(B, S)``; the cache returned holds them too."""
+        mixed, cache = self.self_attn(self.input_layernorm(x), positions, past)
+        x = x + mixed
+        return x + self.mlp(self.post_attention_layernorm(x)), cache
+
+
+class Trunk(nn.Module):
+    """Embedding, blocks and final norm; a module of its own for the sake of Hugging Face's names."""
+
+    def __init__(self, config: SpikeLLMConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        nn.init.normal_(self.embed_tokens.weight, std=0.02)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = RMSNorm(config.n_embd, config.norm_eps)
+
+
+class SpikeLLM(SpikingLanguageModel):
+    """A Llama, Mistral or Qwen2 model, float or spiking by its config's schemes."""
+
+    config: SpikeLLMConfig
+
+    def __init__(self, config: SpikeLLMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Trunk(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        else:
+            nn.init.normal_(self.lm_head.weight, std=0.02)
+
+    def blocks(self) -> list[Block]:
+        """Return the blocks."""
+        return cast("list[Block]", list(self.model.layers))
+
+    def init_state(
+        self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> SpikeLLMState:
+        """Return empty caches."""
+        like, config = self.model.norm.weight, self.config
+        empty = like.new_zeros(batch_size, 0, config.kv_heads, config.head_size, device=device, dtype=dtype)
+        length = torch.zeros(batch_size, dtype=torch.long, device=empty.device)
+        return SpikeLLMState(length, (LayerCache(empty, empty),) * config.n_layer)
+
+    def forward(self, tokens: Tensor, state: State | None = None, *, return_spikes: bool = False) -> LMOutput:
+        """Score ``tokens (B, S)``; returns logits ``(B, S, V)``, the next state and on request the spikes.
+
+        Raises UsageError for tokens of another shape, DataError for ids beyond the vocabulary.
+        """
+        if tokens.ndim != 2 or tokens.shape[1] == 0:
+            raise UsageError(
+                f"SpikeLLM reads token ids (B, S) with S at least 1, not {tuple(tokens.shape)}",
+                hint="tokens[None] makes a batch of one",
+            )
+        if state is None:
+            state = self.init_state(tokens.shape[0], device=tokens.device)
+        try:
+            x = self.model.embed_tokens(tokens)
+        except IndexError:
+            check_range(tokens, self.config.vocab_size)
+            raise
+        positions = state.length[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+        caches = []
+        for block, past in zip(self.blocks(), state.layers, strict=True):
+            x, cache = block(x, positions, past)
+            caches.append(self._kept(cache))
+        logits = self.lm_head(self.model.norm(x))
+        after = SpikeLLMState(state.length + tokens.shape[1], tuple(caches))
+        return LMOutput(logits, after, {} if return_spikes else None)
+
+    def _kept(self, cache: LayerCache) -> LayerCache:
+        """Drop what is too far back for the next token to look at."""
+        window = self.config.sliding_window
+        if window is None or cache.keys.shape[1] < window:
+            return cache
+        first = cache.keys.shape[1] - window + 1
+        return LayerCache(*(part[:, first:] for part in cache))
+
+    def spike_sites(self) -> list[SpikeSite]:
+        """Return the inputs of the projections and the cached keys and values, as far as they are counts."""
+        graph = self.graph()
+        return [
+            SpikeSite(op.name, cast(Any, op.emits), tuple(reader.name for reader in graph.readers(op.name)))
+            for op in graph
+            if op.kind == "neuron"
+        ]
+
+    def graph(self) -> LMGraph:
+        """Describe one token; attention is charged for the average context of a text of ``ctx_len`` tokens."""
+        return LMGraph(tuple(_ops(self.config)))
+
+
+def _ops(config: SpikeLLMConfig) -> list[Op]:
+    """List the operations of one token, in order."""
+    listed: list[Op] = []
+    size, inner = config.n_embd, config.n_inner
+    queries, keys = config.n_head * config.head_size, config.kv_heads * config.head_size
+    window = min(config.sliding_window or config.ctx_len, config.ctx_len)
+    context = (window + 1) / 2 * window / config.ctx_len + window * (1 - window / config.ctx_len)
+
+    def add(name: str, kind: Any, inputs: tuple[str, ...], n: int, emits: Any = "real", **more: Any) -> str:
+        listed.append(Op(name, kind, inputs, emits, n, **more))
+        return name
+
+    def norm(name: str, source: str) -> str:
+        return add(name, "norm", (source,), size, module=name, other_ops=4 * size)
+
+    def linear(name: str, source: str, n_out: int, n_in: int) -> str:
+        return add(name, "linear", (source,), n_out, module=name, weight=(n_out, n_in))
+
+    x = add("model.embed_tokens", "embedding", ("tokens",), size, module="model.embed_tokens")
+    for i in range(config.n_layer):
+        p = f"model.layers.{i}"
+        normed = norm(f"{p}.input_layernorm", x)
+        q = linear(f"{p}.self_attn.q_proj", normed, queries, size)
+        k = linear(f"{p}.self_attn.k_proj", normed, keys, size)
+        v = linear(f"{p}.self_attn.v_proj", normed, keys, size)
+        q = add(f"{p}.self_attn.q_rotary", "elementwise", (q,), queries, other_ops=3 * queries)
+        k = add(f"{p}.self_attn.k_rotary", "elementwise", (k,), keys, other_ops=3 * keys)
+        cost = round(context * (4 * queries + 5 * config.n_head))  # two products, and a softmax of 5 operations
+        mixed = add(f"{p}.self_attn.attention", "elementwise", (q, k, v), queries, other_ops=cost)
+        out = linear(f"{p}.self_attn.o_proj", mixed, size, queries)
+        x = add(f"{p}.add_attention", "residual", (x, out), size, other_ops=size)
+        normed = norm(f"{p}.post_attention_layernorm", x)
+        gate = linear(f"{p}.mlp.gate_proj", normed, inner, size)
+        up = linear(f"{p}.mlp.up_proj", normed, inner, size)
+        gated = add(f"{p}.mlp.gated", "elementwise", (gate, up), inner, other_ops=6 * inner)
+        down = linear(f"{p}.mlp.down_proj", gated, size, inner)
+        x = add(f"{p}.add_feed_forward", "residual", (x, down), size, other_ops=size)
+    linear("lm_head", norm("model.norm", x), config.vocab_size, size)
+    return listed
