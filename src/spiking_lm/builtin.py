@@ -101,6 +101,7 @@ def spiking_lm_kernels(register: Register) -> None:
         ("lif_scan", "torch_fast", "leaky integrate-and-fire over time", "chunked, one or two operations per step"),
         ("wkv", "torch_fast", "the RWKV-4 recurrence over time", "chunked, one or two operations per step"),
         ("egru_scan", "torch_egru", "event-based gated recurrent units over time", "one product per step"),
+        ("gif_linear", "torch_gif", "products of integrate-and-fire counts", "salient channels apart, oneDNN products"),
     ):
         register(
             KernelSpec(

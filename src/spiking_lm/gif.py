@@ -19,14 +19,30 @@ value comes back exactly, and neither scale nor zero is clamped to 1e4. The floo
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from spiking_lm.errors import UsageError
-from spiking_lm.schemes import OFF, ActivationScheme
+from spiking_lm.kernels.ops import check_charges, check_emittable, gif_linear
+from spiking_lm.schemes import OFF, ActivationScheme, CacheScheme, SalientChannels
+
+__all__ = [
+    "Counts",
+    "TokenCounts",
+    "calibrate_scale",
+    "gif_encode",
+    "gif_encode_tokens",
+    "gif_linear",
+    "gif_quantize",
+    "gif_quantize_tokens",
+    "gif_spikes",
+    "gif_substeps",
+    "levels",
+]
 
 SCALE_FLOOR = 1e-5
 """The least scale of a token that is not constant, as in the released code."""
@@ -64,37 +80,175 @@ def gif_quantize(
     """
     if scheme.bits >= OFF:
         return x
-    _check(x, scheme, salient, scale)
+    check_charges("gif_quantize", x, scheme, salient, scale)
     if torch.is_grad_enabled() and x.requires_grad:
         quantized: Tensor = _Quantize.apply(x, scheme, salient, scale)
         return quantized
     return _quantized(_at_least_float32(x), scheme, salient, scale).to(x.dtype)
 
 
-def _check(x: Tensor, scheme: ActivationScheme, salient: Tensor | None, scale: Tensor | None) -> None:
-    if not x.dtype.is_floating_point or x.dim() == 0 or x.shape[-1] == 0:
-        raise UsageError(f"activations must be a floating-point tensor (..., C), not {x.dtype} {tuple(x.shape)}")
-    if salient is not None:
-        if scheme.salient is None:
-            raise UsageError("salient channels were given, but the scheme of the activations has none")
-        if salient.dtype != torch.bool or (salient.dim() == 1 and salient.shape != x.shape[-1:]):
-            raise UsageError(
-                f"salient must be bool ({x.shape[-1]},), one per channel, not {salient.dtype} {tuple(salient.shape)}"
-            )
-    if (scale is None) != (scheme.scale == "dynamic"):
-        raise UsageError(
-            f"the activations' scheme has a {scheme.scale} scale, but {'no' if scale is None else 'a'} scale was given",
-            hint="calibrate_scale finds the static scale of a layer on text",
+class Counts(NamedTuple):
+    """What the neurons of :func:`gif_encode` are charged with: value = (codes - zero) scale."""
+
+    codes: Tensor
+    """int32 ``(..., C)``. Unsigned: 0 ... T L. Signed: relative to the code of the real 0, thus at most T L in size."""
+    scale: Tensor
+    """``(..., 1)``, or with salient channels ``(..., C)``; without these dimensions where the scale is static."""
+    zero: Tensor
+    """Shaped as ``scale``. Signed: 0 unless the range does not reach 0, then the distance."""
+
+    def decode(self) -> Tensor:
+        """Return the values, those of :func:`gif_quantize`, in float32 or float64."""
+        return (self.codes.to(self.scale.dtype) - self.zero) * self.scale
+
+
+def gif_encode(
+    x: Tensor, scheme: ActivationScheme, salient: Tensor | None = None, scale: Tensor | None = None
+) -> Counts:
+    """Return the counts of ``x (..., C)``; the arguments are those of :func:`gif_quantize`. No gradient is recorded."""
+    check_charges("gif_encode", x, scheme, salient, scale)
+    if scheme.bits >= OFF:
+        raise UsageError("gif_encode: 16 bits leave activations real, so that there is nothing to count")
+    with torch.no_grad():
+        values = _at_least_float32(x)
+        static, between = scale is not None, limits(values, scale)
+        grid = grid_between(between, levels(scheme))
+        codes, zero = encode(values, grid, scheme, static=static)
+        if salient is None:
+            return Counts(codes.to(torch.int32), grid.scale, zero)
+        fine, place = grid_between(between, levels(scheme, salient=True)), _place(salient)
+        picked, fine_zero = encode(_pick(values, place), fine, scheme, static=static)
+        return Counts(
+            _put(codes, place, picked).to(torch.int32),
+            torch.where(salient, fine.scale, grid.scale),
+            torch.where(salient, fine_zero, zero),
         )
-    if scale is not None and scale.shape != (2,):
-        raise UsageError(f"a static scale is the least and the greatest value, (2,), not {tuple(scale.shape)}")
+
+
+def gif_spikes(counts: Counts, scheme: ActivationScheme, salient: Tensor | None = None) -> Tensor:
+    """Return the spikes that neurons charged with ``counts`` emit, int32 ``(T, ..., C)``: they sum to the codes.
+
+    T is that of the salient channels, or 1 if ``salient`` is None. A spike is at most 2^bits - 1 in size; ordinary
+    channels spike in the first step only. Raises UsageError on the reference grid, whose greatest salient code T steps
+    cannot emit.
+    """
+    check_emittable("gif_spikes", scheme, salient)
+    return torch.stack(split_steps(counts.codes, scheme) if salient is not None else [counts.codes])
+
+
+def split_steps(codes: Tensor, scheme: ActivationScheme) -> list[Tensor]:
+    """Return the spikes that the salient steps of the scheme emit, at most 2^bits - 1 in size each."""
+    most, rest, steps = 2**scheme.bits - 1, codes, []
+    for _ in range(scheme.salient.steps if scheme.salient else 1):
+        steps.append(rest.clamp(-most, most))
+        rest = rest - steps[-1]
+    return steps
+
+
+def gif_substeps(spikes: Tensor, limit: int) -> Tensor:
+    """Return spikes ``(T, ...)`` of at most ``limit`` one by one: int8 ``(T limit, ...)`` of -1, 0 and 1.
+
+    A spike of n is n sub-steps of 1 in a row and silence then; sub-steps of step t are rows t ``limit`` and after.
+    """
+    k = torch.arange(1, limit + 1, device=spikes.device).view(limit, *[1] * (spikes.dim() - 1))
+    emitting = spikes.abs().unsqueeze(1) >= k
+    return (emitting * spikes.sign().unsqueeze(1)).to(torch.int8).flatten(0, 1)
+
+
+def calibrate_scale(x: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Return the limits of a static scale, float32 ``(2,)``: the least and the greatest value of ``x``, and 0.
+
+    ``scale`` is what was returned for the texts before. The range always reaches 0, so that signed spikes have no zero
+    point, and silence is 0.
+    """
+    seen = torch.stack([x.detach().amin(), x.detach().amax(), x.new_zeros(())]).float()
+    if scale is not None:
+        seen = torch.cat([seen, scale])
+    return torch.stack([seen.amin(), seen.amax()])
+
+
+# -- queries, keys and values ------------------------------------------------------------------------------------------
+
+Of = Literal["query", "key", "value"]
+
+
+def gif_quantize_tokens(x: Tensor, scheme: CacheScheme, salient: Tensor | None = None, *, of: Of) -> Tensor:
+    """Return queries, keys or values ``(B, H, S, d)`` as spikes carry them, each token and head on its own grid.
+
+    ``salient (H, d)``, bool, are the salient channels of keys or values. Keys with ``key_range: channel`` have a grid
+    per channel over all S tokens instead, so that later tokens change earlier ones. Gradients are those of
+    :func:`gif_quantize`.
+    """
+    activations, mask = _of_tokens(x, scheme, salient, of)
+    if of == "key" and scheme.key_range == "channel":
+        mask = None if mask is None else mask.transpose(-1, -2)
+        return gif_quantize(x.transpose(-1, -2), activations, mask).transpose(-1, -2)
+    return gif_quantize(x, activations, mask)
+
+
+class TokenCounts(NamedTuple):
+    """Keys or values as counts, for a cache: from the limits of a token follow both of its grids."""
+
+    codes: Tensor
+    """``(B, H, S, d)``, unsigned: uint8 if they fit, else int32."""
+    limits: Tensor
+    """``(B, H, S, 2)``, float32 or float64: the least and the greatest value of a token and head."""
+
+    def decode(self, scheme: CacheScheme, salient: Tensor | None = None, *, of: Of) -> Tensor:
+        """Return what :func:`gif_quantize_tokens` does, bit for bit, in the dtype of the limits."""
+        activations, mask = _of_tokens(self.limits, scheme, salient, of)
+        least, greatest = self.limits.chunk(2, -1)
+        grid = grid_between((least, greatest), levels(activations))
+        codes = self.codes.to(least.dtype)
+        values = (codes - grid.zero).mul_(grid.scale)
+        if mask is None:
+            return values
+        fine = grid_between((least, greatest), levels(activations, salient=True))
+        return torch.where(mask, codes.sub_(fine.zero).mul_(fine.scale), values)
+
+
+def gif_encode_tokens(x: Tensor, scheme: CacheScheme, salient: Tensor | None = None, *, of: Of) -> TokenCounts:
+    """Return keys or values ``(B, H, S, d)`` as counts; see :func:`gif_quantize_tokens`. No gradient is recorded."""
+    if of == "key" and scheme.key_range == "channel":
+        raise UsageError(
+            "keys whose channels share a range over all tokens cannot be kept: the next token may change it",
+            hint="set cache.key_range to token",
+        )
+    activations, mask = _of_tokens(x, scheme, salient, of)
+    counts = gif_encode(x, activations, mask)
+    small = levels(activations, salient=mask is not None) <= torch.iinfo(torch.uint8).max
+    between = torch.cat(limits(_at_least_float32(x.detach()), None), -1)
+    return TokenCounts(counts.codes.to(torch.uint8) if small else counts.codes, between)
+
+
+def _of_tokens(
+    x: Tensor, scheme: CacheScheme, salient: Tensor | None, of: Of
+) -> tuple[ActivationScheme, Tensor | None]:
+    """Return the scheme of ``x (B, H, S, ...)`` and the mask of its salient channels, ``(H, 1, d)``."""
+    if of == "query":
+        if salient is not None:
+            raise UsageError("queries have no salient channels")
+        return _activations(scheme.query_bits, None, scheme.grid), None
+    if salient is not None and (salient.dim() != 2 or salient.shape[0] != x.shape[1]):
+        raise UsageError(
+            f"salient must be (heads, channels of a head) of {of}s with {x.shape[1]} heads, not {tuple(salient.shape)}"
+        )
+    return _activations(scheme.bits, scheme.salient, scheme.grid), None if salient is None else salient.unsqueeze(1)
+
+
+@lru_cache(maxsize=64)  # validating a scheme takes as long as quantising a token
+def _activations(bits: int, salient: SalientChannels | None, grid: Literal["exact", "reference"]) -> ActivationScheme:
+    return ActivationScheme(bits=bits, salient=salient, grid=grid, spikes="unsigned")
+
+
+# -- how it is computed ------------------------------------------------------------------------------------------------
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def _limits(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def limits(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the least and the greatest value that share a grid, broadcasting with ``x``."""
     if scale is not None:
         least, greatest = scale.to(x).unbind()
@@ -102,8 +256,9 @@ def _limits(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     return x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)  # aminmax is 20 times slower than both of them
 
 
-def _grid(limits: tuple[Tensor, Tensor], top: int) -> Grid:
-    least, greatest = limits
+def grid_between(between: tuple[Tensor, Tensor], top: int) -> Grid:
+    """Return the grid of codes 0 ... ``top`` from a least to a greatest value."""
+    least, greatest = between
     span = greatest - least
     # Where all is one value c, the scale is |c|, which c is exactly once.
     floor = torch.where(span > 0, SCALE_FLOOR, least.abs().clamp_min_(torch.finfo(least.dtype).tiny))
@@ -111,7 +266,7 @@ def _grid(limits: tuple[Tensor, Tensor], top: int) -> Grid:
     return Grid(scale, (least / scale).neg_().round_(), top)
 
 
-def _whole(x: Tensor, grid: Grid, *, static: bool) -> Tensor:
+def whole(x: Tensor, grid: Grid, *, static: bool) -> Tensor:
     """Return code - zero as real numbers, in memory of its own."""
     y = (x / grid.scale).round_()
     torch.minimum(y, grid.top - grid.zero, out=y)  # a dynamic range is left at the top too, where both ends round up
@@ -120,14 +275,22 @@ def _whole(x: Tensor, grid: Grid, *, static: bool) -> Tensor:
     return y
 
 
+def encode(x: Tensor, grid: Grid, scheme: ActivationScheme, *, static: bool) -> tuple[Tensor, Tensor]:
+    """Return codes as real numbers, and the zero that is to be subtracted from them."""
+    zero = grid.zero
+    if scheme.spikes == "signed":
+        zero = zero - zero.clamp(0, grid.top)
+    return whole(x, grid, static=static).add_(zero), zero
+
+
 def _quantized(x: Tensor, scheme: ActivationScheme, salient: Tensor | None, scale: Tensor | None) -> Tensor:
-    static, limits = scale is not None, _limits(x, scale)
-    grid = _grid(limits, levels(scheme))
-    values = _whole(x, grid, static=static).mul_(grid.scale)
+    static, between = scale is not None, limits(x, scale)
+    grid = grid_between(between, levels(scheme))
+    values = whole(x, grid, static=static).mul_(grid.scale)
     if salient is None:
         return values
-    fine, place = _grid(limits, levels(scheme, salient=True)), _place(salient)
-    return _put(values, place, _whole(_pick(x, place), fine, static=static).mul_(fine.scale))
+    fine, place = grid_between(between, levels(scheme, salient=True)), _place(salient)
+    return _put(values, place, whole(_pick(x, place), fine, static=static).mul_(fine.scale))
 
 
 # Salient channels are few: on a CPU their columns are taken out, computed apart and put back, as whole tensors of two
@@ -163,16 +326,16 @@ class _Quantize(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         x, salient, scale = ctx.saved_tensors
         values = _at_least_float32(x)
-        g, limits, static = grads[0].to(values.dtype), _limits(values, scale), scale is not None
-        gx, per_span = _pull_back(values, g, _grid(limits, levels(ctx.scheme)), static=static)
+        g, between, static = grads[0].to(values.dtype), limits(values, scale), scale is not None
+        gx, per_span = _pull_back(values, g, grid_between(between, levels(ctx.scheme)), static=static)
         if salient is not None:
-            place, fine = _place(salient), _grid(limits, levels(ctx.scheme, salient=True))
+            place, fine = _place(salient), grid_between(between, levels(ctx.scheme, salient=True))
             gx_picked, per_span_picked = _pull_back(_pick(values, place), _pick(g, place), fine, static=static)
             gx = _put(gx, place, gx_picked)
             per_span = _put(per_span, place, per_span_picked)
         if not static:
             g_span = per_span.sum(-1, keepdim=True)
-            least, greatest = limits
+            least, greatest = between
             flat = least == greatest
             for limit, sign in ((greatest, 1), (least, -1)):
                 here = (values == limit).to(g.dtype)
@@ -187,7 +350,7 @@ def _pull_back(x: Tensor, g: Tensor, grid: Grid, *, static: bool) -> tuple[Tenso
     With ``inside`` where a code is not clamped: d xhat = inside (dx - x/scale dscale) + (code - zero) dscale, and
     dscale = dspan / top where the scale is not its floor.
     """
-    y = _whole(x, grid, static=static)
+    y = whole(x, grid, static=static)
     charge = x / grid.scale
     code = charge.round().add_(grid.zero)
     inside = ((code > 0) & (code < grid.top)).to(g.dtype)

@@ -50,6 +50,8 @@ class CacheScheme(StrictModel):
     """Of keys and values; 16 keeps them real."""
     query_bits: int = Field(default=OFF, ge=2, le=OFF)
     salient: SalientChannels | None = None
+    grid: Literal["exact", "reference"] = "exact"
+    """As for activations."""
     key_range: Literal["token", "channel"] = "token"
     """What shares a scale. token: each key its own. channel: each channel over all tokens, as the released SpikeLLM has
     it, which lets later tokens change earlier ones; for parity only, without a cache."""

@@ -7,14 +7,16 @@ What runs is chosen by :mod:`spiking_lm.kernels.dispatch`; what is right is defi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from spiking_lm.config import SurrogateConfig, parse_config
 from spiking_lm.errors import UsageError
 from spiking_lm.kernels.dispatch import call
 from spiking_lm.kernels.reference import WKVState
+from spiking_lm.schemes import OFF, ActivationScheme
 
 _ATAN = SurrogateConfig()
 
@@ -186,3 +188,80 @@ def egru_scan(
         zoneout=zoneout,
     )
     return y, c, o
+
+
+def gif_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scheme: ActivationScheme,
+    salient: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    mode: Literal["fake", "spike", "binary"] = "fake",
+) -> Tensor:
+    """Multiply Generalized Integrate-and-Fire spikes with a matrix: ``x (..., C)``, ``weight (O, C)`` -> ``(..., O)``.
+
+    ``x`` are the charges; the scheme says how they become counts, and :mod:`spiking_lm.gif` describes the grid and the
+    spikes. ``salient (C,)``, bool, is True for the channels with the salient steps (None: no channel), ``scale (2,)``
+    the limits of a static scale, from :func:`spiking_lm.gif.calibrate_scale`. The modes agree but for rounding::
+
+        fake      sum_c W_oc (code_c - zero_c) scale_c
+        spike     scale_l sum_ord W_oc s_c + scale_h sum_t sum_sal W_oc s_tc - scale_l zero_l sum_ord W_oc - ...
+        binary    as spike, with each s the sum of sub-steps of 0 and 1 (signed spikes: -1, 0 and 1)
+
+    where zero is what spikes leave out: with unsigned spikes the zero point, with signed ones nothing, unless the range
+    does not reach 0. Only salient channels have more than one step. ``spike`` and ``binary`` show what hardware does;
+    they are not faster. Gradients are those of ``fake`` in all modes. With 16 bits this is a linear layer.
+    Source: Xing et al., arXiv 2407.04752.
+    """
+    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise UsageError(f"gif_linear: x {tuple(x.shape)} needs weights (O, C), not {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise UsageError(f"gif_linear: bias has shape {tuple(bias.shape)}, not {tuple(weight.shape[:1])}")
+    if scheme.bits >= OFF:
+        return torch.nn.functional.linear(x, weight, bias)
+    check_charges("gif_linear", x, scheme, salient, scale)
+    if salient is not None and salient.dim() != 1:
+        raise UsageError(f"gif_linear: salient must be ({x.shape[-1]},), not {tuple(salient.shape)}")
+    if mode != "fake":
+        if mode not in ("spike", "binary"):
+            raise UsageError(f"gif_linear: mode must be 'fake', 'spike' or 'binary', not {mode!r}")
+        check_emittable("gif_linear", scheme, salient)
+    out: Tensor = call("gif_linear", x, weight, bias, scheme, salient, scale, mode=mode)
+    return out
+
+
+def check_charges(
+    where: str, x: Tensor, scheme: ActivationScheme, salient: Tensor | None, scale: Tensor | None
+) -> None:
+    """Raise UsageError unless ``x (..., C)`` can be put on the scheme's grid with these salient channels and limits."""
+    if not x.dtype.is_floating_point or x.dim() == 0 or x.shape[-1] == 0:
+        raise UsageError(f"{where}: x must be a floating-point tensor (..., C), not {x.dtype} {tuple(x.shape)}")
+    if salient is not None:
+        if scheme.salient is None:
+            raise UsageError(f"{where}: salient channels were given, but the scheme of the activations has none")
+        if salient.dtype != torch.bool or (salient.dim() == 1 and salient.shape != x.shape[-1:]):
+            raise UsageError(
+                f"{where}: salient must be bool ({x.shape[-1]},), one per channel, not {salient.dtype} "
+                f"{tuple(salient.shape)}"
+            )
+    if (scale is None) != (scheme.scale == "dynamic"):
+        raise UsageError(
+            f"{where}: the activations' scheme has a {scheme.scale} scale, but {'no' if scale is None else 'a'} scale "
+            "was given",
+            hint="spiking_lm.gif.calibrate_scale finds the static scale of a layer",
+        )
+    if scale is not None and scale.shape != (2,):
+        raise UsageError(f"{where}: a static scale is the least and the greatest value, (2,), not {tuple(scale.shape)}")
+
+
+def check_emittable(where: str, scheme: ActivationScheme, salient: Tensor | None) -> None:
+    """Raise UsageError when the greatest code of a salient channel is more than its steps can emit."""
+    if salient is not None and scheme.salient is not None and scheme.grid == "reference":
+        steps, most = scheme.salient.steps, 2**scheme.bits - 1
+        raise UsageError(
+            f"{where}: on the reference grid salient codes reach {steps * 2**scheme.bits - 1}, but {steps} steps of at "
+            f"most {most} spikes emit {steps * most}",
+            hint="grid: exact has codes that spikes can emit; mode: fake works on both",
+        )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from spiking_lm.config import SurrogateConfig
+from spiking_lm.schemes import ActivationScheme
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -198,3 +199,60 @@ def egru_scan(
     empty = rest.new_empty((0, *rest.shape))
     y, c, o = (torch.stack(steps) if steps else empty.clone() for steps in (ys, cs, os))
     return y, c, o
+
+
+def gif_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scheme: ActivationScheme,
+    salient: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    mode: str = "fake",
+) -> Tensor:
+    """Multiply Generalized Integrate-and-Fire spikes with a matrix; see :func:`spiking_lm.kernels.gif_linear`."""
+    dtype = compute_dtype(x)
+    charges, w = x.to(dtype), weight.to(dtype)
+    chosen = torch.zeros(x.shape[-1], dtype=torch.bool, device=x.device) if salient is None else salient
+    most = 2**scheme.bits - 1
+    steps = 1 if salient is None or scheme.salient is None else scheme.salient.steps
+    finest = steps * most if scheme.grid == "exact" else steps * 2**scheme.bits - 1
+    fake = spiking = charges.new_zeros((*x.shape[:-1], weight.shape[0]))
+    for channels, top, n_steps in ((~chosen, most, 1), (chosen, finest, steps)):
+        w_group = w[:, channels]
+        unit, zero = _gif_grid(charges, scale, top)
+        level = charges[..., channels] / unit
+        code = (level + (level.round() - level).detach() + zero).clamp(0, top)
+        values = (code - zero) * unit
+        if scale is None:  # what is constant is exact, and so is its gradient
+            varied = charges.amax(-1, keepdim=True) > charges.amin(-1, keepdim=True)
+            values = torch.where(varied, values, charges[..., channels])
+        fake = fake + values @ w_group.T
+        if mode == "fake":
+            continue
+        silent = zero.clamp(0, top) if scheme.spikes == "signed" else torch.zeros_like(zero)
+        rest = (code - silent).detach()
+        total = torch.zeros_like(spiking)
+        for _ in range(n_steps):
+            spikes = rest.clamp(-most, most)
+            rest = rest - spikes
+            if mode == "spike":
+                total = total + spikes @ w_group.T
+            else:
+                for k in range(1, most + 1):
+                    total = total + spikes.sign() * (spikes.abs() >= k) @ w_group.T
+        spiking = spiking + unit * (total - (zero - silent) * w_group.sum(1))
+    out = fake if mode == "fake" else spiking.detach() + (fake - fake.detach())  # the gradient is that of fake
+    return (out if bias is None else out + bias.to(dtype)).to(x.dtype)
+
+
+def _gif_grid(x: Tensor, scale: Tensor | None, top: int) -> tuple[Tensor, Tensor]:
+    """Return scale and zero, ``(..., 1)`` or (), of codes 0 ... top for ``x (..., C)``."""
+    if scale is None:
+        least, greatest = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    else:
+        least, greatest = scale.to(x.dtype).detach().unbind()
+    unit = ((greatest - least) / top).clamp(min=1e-5)
+    unit = torch.where(greatest > least, unit, least.abs().clamp(min=torch.finfo(x.dtype).tiny))
+    return unit, torch.round(-least / unit).detach()
