@@ -140,6 +140,7 @@ def gptq(
     static_groups: bool = False,
     damp: float = 0.01,
     block: int | None = None,
+    generator: torch.Generator | None = None,
 ) -> Solution:
     """Return ``w`` (O, I) in few bits, uniform or ternary, with the errors made up for within each row.
 
@@ -147,7 +148,8 @@ def gptq(
     read the same may share its :class:`Factor`, which then settles both. ``static_groups`` fits all grids to the matrix
     as it was, so that groups are of consecutive inputs in spite of ``act_order``; otherwise they are formed in the
     order of the solution, which the result keeps, and fitted to what they are by then. ``mse`` narrows uniform ranges,
-    see :func:`spiking_lm.quantization.weight_grid`. ``block`` is for :func:`compensate`.
+    see :func:`spiking_lm.quantization.weight_grid`. ``block`` is for :func:`compensate`, ``generator`` for a scheme whose
+    salient columns are random.
 
     Salient columns of a ternary scheme are those of the greatest H_jj mean_i w_ij^2, what leaving them out costs. They
     come first under ``act_order``, so that they share scales with their like. (Saliency w^2 / U_jj^2 depends on the
@@ -162,7 +164,7 @@ def gptq(
     steps = None
     if scheme.salient is not None:
         saliency = factor.hessian.diagonal() * w.double().square().mean(0)
-        salient = choose(saliency, scheme.salient.rate, choice=scheme.salient.choice)
+        salient = choose(saliency, scheme.salient.rate, choice=scheme.salient.choice, generator=generator)
         if factor.act_order:
             factor = factorize(factor.hessian, damp=factor.damp, first=salient)
         steps = torch.where(salient, scheme.salient.steps, 1)[factor.order]
