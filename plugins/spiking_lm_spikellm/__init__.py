@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from spiking_lm import hookimpl
 from spiking_lm.hookspecs import Register
-from spiking_lm.records import ModelSpec
+from spiking_lm.records import ConverterSpec, ModelSpec
 
 SPIKING_LM_API = 1
 
@@ -18,5 +18,20 @@ def spiking_lm_models(register: Register) -> None:
             config="spiking_lm_spikellm.config:SpikeLLMConfig",
             factory="spiking_lm_spikellm.model:SpikeLLM",
             paper="https://arxiv.org/abs/2407.04752",
+        )
+    )
+
+
+@hookimpl
+def spiking_lm_converters(register: Register) -> None:
+    register(
+        ConverterSpec(
+            name="spikellm",
+            summary="Llama, Mistral and Qwen2 models: Hugging Face folders and GGUF files",
+            sniff="spiking_lm_spikellm.sources:sniff",
+            convert="spiking_lm_spikellm.sources:convert",
+            tokenizer="spiking_lm_spikellm.sources:tokenizer",
+            config="spiking_lm_spikellm.conversion_config:SpikeLLMConversion",
+            calibrate="spiking_lm_spikellm.pipeline:calibrate",
         )
     )

@@ -1,18 +1,75 @@
-"""The projections of SpikeLLM: a weight matrix, and the neurons in front of it."""
+"""The projections of SpikeLLM: neurons, and the weight matrix behind them."""
 
 from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spiking_lm.schemes import ActivationScheme, WeightScheme
+from spiking_lm.gif import gif_encode
+from spiking_lm.kernels import gif_linear
+from spiking_lm.quantization import QuantizedWeight, round_to_nearest
+from spiking_lm.schemes import OFF, ActivationScheme, WeightScheme
+
+Mode = Literal["fake", "spike", "binary"]
+
+_PREFIX = "weight_"
+"""Begins the names of the buffers that hold a packed matrix."""
+
+_UNPACKED: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
+"""Matrices as they are multiplied with, for modules that store them otherwise.
+
+They follow from what the modules hold, so they are kept beside them: no copy, state dict or footprint counts them.
+"""
+_WIDENED: WeakKeyDictionary[nn.Module, tuple[tuple[int, int, torch.dtype], Tensor]] = WeakKeyDictionary()
+"""The same for :class:`Head`, with what each follows from."""
+
+
+class Record:
+    """What is wanted of a pass beside its result: the spikes, and what arrived at the weight matrices, by name."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._names = {module: name for name, module in model.named_modules()}
+        self.spikes: dict[str, Tensor] = {}
+        self.arrived: dict[str, Tensor] = {}
+
+    def fed(self, layer: nn.Module, codes: Tensor) -> None:
+        """Take down the counts ``(B, S, I)`` that a projection reads."""
+        name = self._names[layer]
+        self.spikes[f"{name}.input"] = self.arrived[name] = _narrow(codes)
+
+    def emitted(self, layer: nn.Module, what: str, codes: Tensor) -> None:
+        """Take down the counts ``(B, S, ...)`` of a part of a module."""
+        self.spikes[f"{self._names[layer]}.{what}"] = _narrow(codes).flatten(2)
+
+
+def _narrow(codes: Tensor) -> Tensor:
+    """Return counts in half the memory where they fit."""
+    fits = codes.dtype == torch.uint8 or bool((codes.abs() < 2**15).all())
+    return codes.to(torch.int16) if fits else codes
+
+
+def _unprefixed(name: str) -> str:
+    """Return under which name :meth:`QuantizedWeight.tensors` gives the buffer ``name``, which may have no dot."""
+    return name.removeprefix(_PREFIX).replace("codes_", "codes.")
 
 
 class SpikingLinear(nn.Module):
-    """A linear layer."""
+    """A linear layer of few-bit weights that reads counts of spikes, as far as its two schemes say so.
+
+    ``weight`` (O, I) is a parameter as long as it is real; a packed matrix is kept in buffers, and ``weight`` is what
+    they stand for. ``salient`` (I,) marks the inputs that have more spike steps, ``scale`` (2,) holds the least and the
+    greatest value that a static scale was calibrated to.
+    """
 
     bias: Tensor | None
+    salient: Tensor | None
+    scale: Tensor | None
 
     def __init__(
         self,
@@ -21,12 +78,96 @@ class SpikingLinear(nn.Module):
         bias: bool = False,
         weights: WeightScheme = WeightScheme(),
         activations: ActivationScheme = ActivationScheme(),
+        mode: Mode = "fake",
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.weights, self.activations = weights, activations
-        self.weight = nn.Parameter(nn.init.normal_(torch.empty(out_features, in_features), std=0.02))
+        self.weights, self.activations, self.mode = weights, activations, mode
+        matrix = nn.init.normal_(torch.empty(out_features, in_features), std=0.02)
+        if weights.off:
+            self.register_parameter("weight", nn.Parameter(matrix))
+        else:
+            self.set_weight(round_to_nearest(matrix, weights))
         self.register_parameter("bias", nn.Parameter(torch.zeros(out_features)) if bias else None)
+        spiking = activations.bits < OFF
+        marked = spiking and activations.salient is not None
+        static = spiking and activations.scale == "static"
+        self.register_buffer("salient", torch.zeros(in_features, dtype=torch.bool) if marked else None)
+        self.register_buffer("scale", torch.tensor([-4.0, 4.0]) if static else None)  # until it is calibrated
+
+    def forward(self, x: Tensor, record: Record | None = None) -> Tensor:
+        """Multiply ``x (..., I)``, its values rounded to what spikes can carry, with the matrix."""
+        if record is not None and self.activations.bits < OFF:
+            record.fed(self, gif_encode(x, self.activations, self.salient, self.scale).codes)
+        held = self._parameters.get("weight")
+        weight = self._unpacked(x.dtype) if held is None else held
+        return gif_linear(x, weight, self.bias, self.activations, self.salient, self.scale, mode=self.mode)
+
+    def set_weight(self, weight: QuantizedWeight) -> None:
+        """Replace the matrix by a packed one."""
+        if weight.scheme.group_size is not None and weight.order is None:
+            weight = dataclasses.replace(weight, order=torch.arange(self.in_features, device=weight.codes.device))
+        self.weights = weight.scheme
+        self._parameters.pop("weight", None)
+        self._make_room(weight.tensors())
+
+    def quantized_weight(self) -> QuantizedWeight:
+        """Return the packed matrix as codes and grid."""
+        shape = (self.out_features, self.in_features)
+        return QuantizedWeight.from_tensors(self._packed(), self.weights, shape)
+
+    def make_room(self, stored: Mapping[str, Tensor]) -> None:
+        """Take on the form of packed tensors that are about to be loaded, which depends on what is packed.
+
+        ``stored`` are the tensors of a state dict below this module.
+        """
+        packed = {_unprefixed(name): torch.empty_like(t) for name, t in stored.items() if name.startswith(_PREFIX)}
+        if packed and not self.weights.off:
+            self._make_room(packed)
+
+    def _make_room(self, tensors: Mapping[str, Tensor]) -> None:
+        for name in [name for name in self._buffers if name.startswith(_PREFIX)]:
+            del self._buffers[name]
+        for name, tensor in tensors.items():
+            self.register_buffer(_PREFIX + name.replace(".", "_"), tensor)
+        _UNPACKED.pop(self, None)
+
+    def _packed(self) -> dict[str, Tensor]:
+        named = {name: buffer for name, buffer in self._buffers.items() if name.startswith(_PREFIX)}
+        return {_unprefixed(name): buffer for name, buffer in named.items() if buffer is not None}
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and (packed := self._packed()):
+            return self._unpacked(torch.promote_types(packed["scale"].dtype, torch.float32))
+        return super().__getattr__(name)
+
+    def _unpacked(self, dtype: torch.dtype) -> Tensor:
+        matrix = _UNPACKED.get(self)
+        if matrix is None or matrix.dtype != dtype:
+            matrix = _UNPACKED[self] = self.quantized_weight().dequantize(dtype)
+        return matrix
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        _UNPACKED.pop(self, None)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self.make_room({name[len(prefix) :]: t for name, t in state_dict.items() if name.startswith(prefix)})
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        _UNPACKED.pop(self, None)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+
+
+class Head(nn.Linear):
+    """The matrix behind the last norm, which may be stored in a shorter type than it computes in."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        if self.weight.dtype == x.dtype:
+            return super().forward(x)
+        source = (self.weight.data_ptr(), self.weight._version, x.dtype)
+        kept = _WIDENED.get(self)
+        if kept is None or kept[0] != source:
+            kept = _WIDENED[self] = source, self.weight.detach().to(x.dtype)
+        return F.linear(x, kept[1])

@@ -15,25 +15,31 @@ Llama, Mistral or Qwen2 itself; module names are those of Hugging Face.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, cast
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spiking_lm.errors import UsageError
-from spiking_lm.graph import LMGraph, Op
+from spiking_lm.gif import TokenCounts, gif_encode_tokens, gif_quantize_tokens, levels
+from spiking_lm.graph import LMGraph, Op, ValueKind
 from spiking_lm.interfaces import LMOutput, SpikeSite, SpikingLanguageModel, State
-from spiking_lm.watch import check_range
+from spiking_lm.schemes import OFF, ActivationScheme, CacheScheme
+from spiking_lm.watch import LARGEST_INTEGER, check_range
 from spiking_lm_spikellm.config import SpikeLLMConfig
-from spiking_lm_spikellm.layers import SpikingLinear
+from spiking_lm_spikellm.layers import Head, Mode, Record, SpikingLinear
+
+Kept = Tensor | TokenCounts
+"""Keys or values of all tokens so far, ``(B, H, L, d)``: real, or as counts with the range of each token and head."""
 
 
 class LayerCache(NamedTuple):
-    """What a block remembers of the tokens so far: keys (after rotation by position) and values, ``(B, L, H, d)``."""
+    """What a block remembers of the tokens so far; keys are kept after their rotation by position."""
 
-    keys: Tensor
-    values: Tensor
+    keys: Kept
+    values: Kept
 
 
 class SpikeLLMState(NamedTuple):
@@ -88,51 +94,96 @@ class Rotary(nn.Module):
         return (1 - share) * turning / scaling.factor + share * turning
 
     def forward(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosine and sine for ``positions (S,)`` or ``(B, S)``, shaped to turn ``(B, S, H, d)``."""
+        """Return cosine and sine for ``positions (S,)`` or ``(B, S)``, shaped to turn ``(B, H, S, d)``."""
         dtype = torch.promote_types(like.dtype, torch.float32)
-        angles = positions[..., None, None].to(dtype) * self.frequencies(dtype, like.device)
+        angles = positions.view(-1, 1, positions.shape[-1], 1).to(dtype) * self.frequencies(dtype, like.device)
         angles = torch.cat([angles, angles], -1)
         return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs of ``x (B, S, H, d)`` by the angles of their positions."""
+    """Turn the pairs of ``x (B, H, S, d)`` by the angles of their positions."""
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat([-second, first], -1) * sin
 
 
 class Attention(nn.Module):
-    """Causal attention: ``n_head`` heads of queries share ``kv_heads`` heads of keys and values."""
+    """Causal attention: ``n_head`` heads of queries share ``kv_heads`` heads of keys and values.
+
+    ``salient_k`` and ``salient_v`` (kv_heads, d) mark the channels of keys and values that have more spike steps.
+    """
+
+    salient_k: Tensor | None
+    salient_v: Tensor | None
 
     def __init__(self, config: SpikeLLMConfig) -> None:
         super().__init__()
         self.config = config
-        queries, keys = config.n_head * config.head_size, config.kv_heads * config.head_size
-        self.q_proj = SpikingLinear(config.n_embd, queries, config.qkv_bias, config.weights, config.activations)
-        self.k_proj = SpikingLinear(config.n_embd, keys, config.qkv_bias, config.weights, config.activations)
-        self.v_proj = SpikingLinear(config.n_embd, keys, config.qkv_bias, config.weights, config.activations)
-        self.o_proj = SpikingLinear(queries, config.n_embd, False, config.weights, config.activations)
+        size, queries, keys = config.n_embd, config.n_head * config.head_size, config.kv_heads * config.head_size
+        schemes = config.weights, config.activations, config.mode
+        self.q_proj = SpikingLinear(size, queries, config.qkv_bias, *schemes)
+        self.k_proj = SpikingLinear(size, keys, config.qkv_bias, *schemes)
+        self.v_proj = SpikingLinear(size, keys, config.qkv_bias, *schemes)
+        self.o_proj = SpikingLinear(queries, size, False, *schemes)
         self.rotary = Rotary(config)
+        marked = config.cache.bits < OFF and config.cache.salient is not None
+        for name in ("salient_k", "salient_v"):
+            mask = torch.zeros(config.kv_heads, config.head_size, dtype=torch.bool)
+            self.register_buffer(name, mask if marked else None)
 
-    def forward(self, x: Tensor, positions: Tensor, past: LayerCache | None) -> tuple[Tensor, LayerCache]:
+    def forward(
+        self, x: Tensor, positions: Tensor, past: LayerCache | None = None, record: Record | None = None
+    ) -> tuple[Tensor, LayerCache]:
+        """Mix ``x (B, S, C)`` with the tokens before it; see :class:`Block`."""
         heads = (*x.shape[:2], -1, self.config.head_size)
-        q, k, v = (proj(x).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        projections = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = (projection(x, record).view(heads).transpose(1, 2) for projection in projections)
         cos, sin = self.rotary(positions, x)
         q, k = turn(q, cos, sin), turn(k, cos, sin)
-        if past is not None:
-            k, v = torch.cat([past.keys, k], 1), torch.cat([past.values, v], 1)
-        y = self.attend(q, k, v, positions)
-        return self.o_proj(y.flatten(2)), LayerCache(k, v)
+        if self.config.cache.query_bits < OFF:
+            if record is not None:
+                codes = gif_encode_tokens(q, self.config.cache, of="query").codes
+                record.emitted(self, "queries", codes.transpose(1, 2))
+            q = gif_quantize_tokens(q, self.config.cache, of="query")
+        keys, kept_keys = self._remember(k, None if past is None else past.keys, "key", record)
+        values, kept_values = self._remember(v, None if past is None else past.values, "value", record)
+        y = self._attend(q, keys, values, positions)
+        return self.o_proj(y.transpose(1, 2).flatten(2), record), LayerCache(kept_keys, kept_values)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
-        """Mix values ``v (B, L, H, d)`` by how queries ``q (B, S, heads, d)`` of the last S tokens fit the keys."""
-        window, length = self.config.sliding_window, k.shape[1]
-        plain = length == q.shape[1] and (window is None or length <= window)
+    def _remember(
+        self, new: Tensor, past: Kept | None, of: Literal["key", "value"], record: Record | None
+    ) -> tuple[Tensor, Kept]:
+        """Return keys or values of all tokens as attention sees them, and as they are kept; ``new (B, H, S, d)``."""
+        cache, salient = self.config.cache, self.salient_k if of == "key" else self.salient_v
+        if cache.bits >= OFF:
+            whole = new if past is None else torch.cat([cast(Tensor, past), new], 2)
+            return whole, whole
+        if of == "key" and cache.key_range == "channel":
+            if past is not None and cast(Tensor, past).shape[2]:
+                raise UsageError(
+                    "with cache.key_range: channel a key depends on all tokens: a text cannot be gone on with",
+                    hint="set cache.key_range to token",
+                )
+            return gif_quantize_tokens(new, cache, salient, of=of), new
+        kept = gif_encode_tokens(new, cache, salient, of=of)
+        if record is not None:
+            record.emitted(self, f"{of}s", kept.codes.transpose(1, 2))
+        if torch.is_grad_enabled() and new.requires_grad:
+            whole = gif_quantize_tokens(new, cache, salient, of=of)
+        else:
+            whole = kept.decode(cache, salient, of=of).to(new.dtype)
+        if past is not None:
+            before = cast(TokenCounts, past)
+            whole = torch.cat([before.decode(cache, salient, of=of).to(new.dtype), whole], 2)
+            kept = TokenCounts(*(torch.cat(parts, 2) for parts in zip(before, kept, strict=True)))
+        return whole, kept
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+        """Mix values ``v (B, H, L, d)`` by how queries ``q (B, heads, S, d)`` of the last S tokens fit the keys."""
+        window, length = self.config.sliding_window, k.shape[2]
+        plain = length == q.shape[2] and (window is None or length <= window)
         mask = None if plain else self._mask(positions, length)
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, is_causal=plain, enable_gqa=True
-        )
-        return y.transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=plain, enable_gqa=True)
 
     def _mask(self, positions: Tensor, length: int) -> Tensor:
         """Say which of ``length`` cached tokens each query may look at: ``(B or 1, 1, S, L)``."""
@@ -150,17 +201,18 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: SpikeLLMConfig) -> None:
         super().__init__()
-        schemes = config.weights, config.activations
+        schemes = config.weights, config.activations, config.mode
         self.gate_proj = SpikingLinear(config.n_embd, config.n_inner, False, *schemes)
         self.up_proj = SpikingLinear(config.n_embd, config.n_inner, False, *schemes)
         self.down_proj = SpikingLinear(config.n_inner, config.n_embd, False, *schemes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)))
+    def forward(self, x: Tensor, record: Record | None = None) -> Tensor:
+        gated = F.silu(self.gate_proj(x, record)) * self.up_proj(x, record)
+        return cast(Tensor, self.down_proj(gated, record))
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each added to the residual stream."""
+    """One layer: attention and feed-forward, each added to the residual stream. It works without the model too."""
 
     def __init__(self, config: SpikeLLMConfig, layer: int = 0) -> None:
         super().__init__()
@@ -170,11 +222,16 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = FeedForward(config)
 
-    def forward(self, x: Tensor, positions: Tensor, past: LayerCache | None = None) -> tuple[Tensor, LayerCache]:
-        """Run ``x (B, S, C)`` of tokens at ``positions (S,)`` or ``(B, S)``; the cache returned holds them too."""
-        mixed, cache = self.self_attn(self.input_layernorm(x), positions, past)
+    def forward(
+        self, x: Tensor, positions: Tensor, past: LayerCache | None = None, record: Record | None = None
+    ) -> tuple[Tensor, LayerCache]:
+        """Run ``x (B, S, C)`` of tokens at ``positions (S,)`` or ``(B, S)``, behind those in ``past``.
+
+        The cache returned holds them all. ``record`` takes down the spikes.
+        """
+        mixed, cache = self.self_attn(self.input_layernorm(x), positions, past, record)
         x = x + mixed
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+        return x + self.mlp(self.post_attention_layernorm(x), record), cache
 
 
 class Trunk(nn.Module):
@@ -197,7 +254,7 @@ class SpikeLLM(SpikingLanguageModel):
         super().__init__()
         self.config = config
         self.model = Trunk(config)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Head(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         else:
@@ -207,14 +264,38 @@ class SpikeLLM(SpikingLanguageModel):
         """Return the blocks."""
         return cast("list[Block]", list(self.model.layers))
 
+    def set_mode(self, mode: Mode) -> None:
+        """Compute the products in another mode from now on, with equal results; it is saved with the model."""
+        if mode not in get_args(Mode):
+            raise UsageError(f"there is no mode {mode!r}", hint=f"modes are: {', '.join(get_args(Mode))}")
+        self.config = self.config.model_copy(update={"mode": mode})
+        for module in self.modules():
+            if isinstance(module, SpikingLinear):
+                module.mode = mode
+
+    def expect(self, stored: Mapping[str, Tensor]) -> None:
+        """Make room for the packed matrices of a checkpoint."""
+        by_layer: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in stored.items():
+            layer, _, leaf = name.rpartition(".")
+            by_layer.setdefault(layer, {})[leaf] = tensor
+        for name, module in self.named_modules():
+            if isinstance(module, SpikingLinear):
+                module.make_room(by_layer.get(name, {}))
+
     def init_state(
         self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> SpikeLLMState:
         """Return empty caches."""
-        like, config = self.model.norm.weight, self.config
-        empty = like.new_zeros(batch_size, 0, config.kv_heads, config.head_size, device=device, dtype=dtype)
+        config, like = self.config, self.model.norm.weight
+        empty = like.new_zeros(batch_size, config.kv_heads, 0, config.head_size, device=device, dtype=dtype)
         length = torch.zeros(batch_size, dtype=torch.long, device=empty.device)
-        return SpikeLLMState(length, (LayerCache(empty, empty),) * config.n_layer)
+        keys: Kept = empty
+        values: Kept = empty
+        if config.cache.bits < OFF:
+            values = gif_encode_tokens(empty, config.cache, of="value")
+            keys = empty if config.cache.key_range == "channel" else values
+        return SpikeLLMState(length, (LayerCache(keys, values),) * config.n_layer)
 
     def forward(self, tokens: Tensor, state: State | None = None, *, return_spikes: bool = False) -> LMOutput:
         """Score ``tokens (B, S)``; returns logits ``(B, S, V)``, the next state and on request the spikes.
@@ -228,27 +309,35 @@ class SpikeLLM(SpikingLanguageModel):
             )
         if state is None:
             state = self.init_state(tokens.shape[0], device=tokens.device)
+        record = Record(self) if return_spikes else None
         try:
-            x = self.model.embed_tokens(tokens)
+            x = self.model.embed_tokens(tokens).to(self.model.norm.weight.dtype)
         except IndexError:
             check_range(tokens, self.config.vocab_size)
             raise
         positions = state.length[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
         caches = []
         for block, past in zip(self.blocks(), state.layers, strict=True):
-            x, cache = block(x, positions, past)
-            caches.append(self._kept(cache))
+            x, cache = block(x, positions, past, record)
+            caches.append(self._within_window(cache))
         logits = self.lm_head(self.model.norm(x))
         after = SpikeLLMState(state.length + tokens.shape[1], tuple(caches))
-        return LMOutput(logits, after, {} if return_spikes else None)
+        if record is None:
+            return LMOutput(logits, after)
+        return LMOutput(logits, after, record.spikes, arrived=record.arrived)
 
-    def _kept(self, cache: LayerCache) -> LayerCache:
+    def _within_window(self, cache: LayerCache) -> LayerCache:
         """Drop what is too far back for the next token to look at."""
         window = self.config.sliding_window
-        if window is None or cache.keys.shape[1] < window:
+        if window is None:
             return cache
-        first = cache.keys.shape[1] - window + 1
-        return LayerCache(*(part[:, first:] for part in cache))
+
+        def last(kept: Kept) -> Kept:
+            if isinstance(kept, TokenCounts):
+                return TokenCounts(*(part[:, :, max(part.shape[2] - window + 1, 0) :] for part in kept))
+            return kept[:, :, max(kept.shape[2] - window + 1, 0) :]
+
+        return LayerCache(last(cache.keys), last(cache.values))
 
     def spike_sites(self) -> list[SpikeSite]:
         """Return the inputs of the projections and the cached keys and values, as far as they are counts."""
@@ -279,27 +368,49 @@ def _ops(config: SpikeLLMConfig) -> list[Op]:
     def norm(name: str, source: str) -> str:
         return add(name, "norm", (source,), size, module=name, other_ops=4 * size)
 
-    def linear(name: str, source: str, n_out: int, n_in: int) -> str:
-        return add(name, "linear", (source,), n_out, module=name, weight=(n_out, n_in))
+    def counted(name: str, source: str, n: int, scheme: ActivationScheme | CacheScheme, bits: int) -> str:
+        """Add the neurons of a site, if there are any, and return what the next op reads."""
+        if bits >= OFF:
+            return source
+        most = levels(ActivationScheme(bits=bits, salient=scheme.salient, grid=scheme.grid), salient=True)
+        kind: ValueKind = "integer" if most <= LARGEST_INTEGER else "graded"
+        return add(name, "neuron", (source,), n, kind, other_ops=6 * n)
+
+    def projection(name: str, source: str, n_out: int, n_in: int) -> str:
+        scheme = config.activations
+        if scheme.bits >= OFF:
+            return add(name, "linear", (source,), n_out, module=name, weight=(n_out, n_in))
+        source = counted(f"{name}.input", source, n_in, scheme, scheme.bits)
+        held = {"weight": f"{name}.weight"} | ({"bias": f"{name}.bias"} if _biased(config, name) else {})
+        return add(name, "linear", (source,), n_out, weight=(n_out, n_in), parameters=held)
 
     x = add("model.embed_tokens", "embedding", ("tokens",), size, module="model.embed_tokens")
     for i in range(config.n_layer):
         p = f"model.layers.{i}"
         normed = norm(f"{p}.input_layernorm", x)
-        q = linear(f"{p}.self_attn.q_proj", normed, queries, size)
-        k = linear(f"{p}.self_attn.k_proj", normed, keys, size)
-        v = linear(f"{p}.self_attn.v_proj", normed, keys, size)
+        q = projection(f"{p}.self_attn.q_proj", normed, queries, size)
+        k = projection(f"{p}.self_attn.k_proj", normed, keys, size)
+        v = projection(f"{p}.self_attn.v_proj", normed, keys, size)
         q = add(f"{p}.self_attn.q_rotary", "elementwise", (q,), queries, other_ops=3 * queries)
         k = add(f"{p}.self_attn.k_rotary", "elementwise", (k,), keys, other_ops=3 * keys)
+        q = counted(f"{p}.self_attn.queries", q, queries, ActivationScheme(), config.cache.query_bits)
+        if config.cache.key_range == "token":
+            k = counted(f"{p}.self_attn.keys", k, keys, config.cache, config.cache.bits)
+        v = counted(f"{p}.self_attn.values", v, keys, config.cache, config.cache.bits)
         cost = round(context * (4 * queries + 5 * config.n_head))  # two products, and a softmax of 5 operations
         mixed = add(f"{p}.self_attn.attention", "elementwise", (q, k, v), queries, other_ops=cost)
-        out = linear(f"{p}.self_attn.o_proj", mixed, size, queries)
+        out = projection(f"{p}.self_attn.o_proj", mixed, size, queries)
         x = add(f"{p}.add_attention", "residual", (x, out), size, other_ops=size)
         normed = norm(f"{p}.post_attention_layernorm", x)
-        gate = linear(f"{p}.mlp.gate_proj", normed, inner, size)
-        up = linear(f"{p}.mlp.up_proj", normed, inner, size)
+        gate = projection(f"{p}.mlp.gate_proj", normed, inner, size)
+        up = projection(f"{p}.mlp.up_proj", normed, inner, size)
         gated = add(f"{p}.mlp.gated", "elementwise", (gate, up), inner, other_ops=6 * inner)
-        down = linear(f"{p}.mlp.down_proj", gated, size, inner)
+        down = projection(f"{p}.mlp.down_proj", gated, size, inner)
         x = add(f"{p}.add_feed_forward", "residual", (x, down), size, other_ops=size)
-    linear("lm_head", norm("model.norm", x), config.vocab_size, size)
+    vocab = config.vocab_size
+    add("lm_head", "linear", (norm("model.norm", x),), vocab, module="lm_head", weight=(vocab, size))
     return listed
+
+
+def _biased(config: SpikeLLMConfig, projection: str) -> bool:
+    return config.qkv_bias and projection.endswith(("q_proj", "k_proj", "v_proj"))

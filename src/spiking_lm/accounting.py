@@ -281,7 +281,7 @@ def explain(model: SpikingLanguageModel, tokens: Any = None, *, sample: str | No
     for op in ops:
         if op.other_ops:
             other_ops[op.kind] += op.other_ops
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = _parameter_count(model, watch)
     matrix_weights = sum(p.numel() for p in {id(t.weight): t.weight for t in watch.linears.values()}.values())
     return Explanation(
         model=getattr(type(model.config), "model_type", type(model).__name__),
@@ -450,10 +450,10 @@ def _neurobench(
     elements = sum(stream.elements for stream in streams)
     updates = watch.membrane_updates if watch.membranes else None
     return NeuroBench(
-        parameter_count=sum(p.numel() for p in model.parameters()),
+        parameter_count=_parameter_count(model, watch),
         footprint_bytes=footprint(model),
         connection_sparsity=connection_sparsity(
-            model, [tap.weight for tap in watch.linears.values() if tap.op.module is None]
+            model, [tap.weight for tap in watch.linears.values() if not isinstance(tap.module, CONNECTIONS)]
         ),
         activation_sparsity=sum(stream.zeros for stream in streams) / elements if elements else 0.0,
         synaptic_operations_per_token=per_token,
@@ -461,6 +461,13 @@ def _neurobench(
         membrane_updates_per_token=None if updates is None else updates / n_tokens,
         membrane_updates_per_sample=None if updates is None else updates / n_samples,
     )
+
+
+def _parameter_count(model: nn.Module, watch: Watch) -> int:
+    """Count the parameters, and the weights of matrices that are stored packed, in buffers."""
+    trained = {p.data_ptr() for p in model.parameters()}
+    packed = [tap.weight for tap in watch.linears.values() if tap.weight.data_ptr() not in trained]
+    return sum(p.numel() for p in model.parameters()) + sum(weight.numel() for weight in packed)
 
 
 def footprint(model: nn.Module) -> int:

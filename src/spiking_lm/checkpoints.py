@@ -344,8 +344,9 @@ class _NoRandomFills(TorchFunctionMode):
 
 def _fill(model: SpikingLanguageModel, saved: dict[str, Tensor], aliases: dict[str, str], where: Path) -> None:
     """Put the saved tensors, dtype included, into the model, and tie again what was tied."""
-    own = model.state_dict(keep_vars=True)
     stored = {name: saved[source] for name, source in aliases.items() if source in saved} | saved
+    model.expect(stored)
+    own = model.state_dict(keep_vars=True)
     problems = [f"no tensor {name!r}" for name in own.keys() - stored.keys()]
     problems += [
         f"{name!r} is to equal {source!r}, which is missing" for name, source in aliases.items() if source not in saved

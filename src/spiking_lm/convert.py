@@ -29,6 +29,7 @@ from spiking_lm.errors import DataError, SpikingLMError, UsageError
 from spiking_lm.files import atomic_write, sha256_file
 from spiking_lm.interfaces import SpikingLanguageModel
 from spiking_lm.models import export_reference, import_reference
+from spiking_lm.records import ConverterSpec
 from spiking_lm.sealed import SUMS
 
 log = logging.getLogger(__name__)
@@ -65,8 +66,9 @@ def convert(
     """Convert ``source`` to ``out`` and read the result back to compare it.
 
     A foreign checkpoint becomes a model folder: ``to`` names the model or converter (None recognises it), ``options``
-    set what the tensors do not tell, ``tokenizer`` is stored with the model. A model of ours becomes a ``.pth`` or
-    ``.safetensors`` file in its paper's keys with ``to="reference"``, or the same model with another ``tokenizer``.
+    set what the tensors do not tell, ``tokenizer`` (None: the source's own) is stored with the model. A model of ours
+    becomes a ``.pth`` or ``.safetensors`` file in its paper's keys with ``to="reference"``, or the same model with
+    another ``tokenizer``.
 
     Raises: UsageError, DataError (refused or unrecognised content), CheckpointError, PluginError.
     """
@@ -89,9 +91,13 @@ def convert(
     try:
         model: SpikingLanguageModel = call(source if tensors is None else tensors, **(options or {}))
     except SpikingLMError as error:
-        error.message = f"{source}: {error.message}"
+        if str(source) not in error.message:
+            error.message = f"{source}: {error.message}"
         raise
-    save_model(model, out, tokenizer=None if tokenizer is None else _tokenizer(tokenizer, model))
+    stored = None if tokenizer is None else _tokenizer(tokenizer, model)
+    if stored is None and isinstance(entry.spec, ConverterSpec) and entry.spec.tokenizer and tensors is None:
+        stored = entry.load("tokenizer")(source)
+    save_model(model, out, tokenizer=stored)
     equal, compared = _count_equal(tensors, load_model(out))
     return _conversion(source, out, out / WEIGHTS, model, equal, compared)
 

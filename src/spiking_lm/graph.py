@@ -38,7 +38,8 @@ class Op:
     """Names of ops, earlier or later ones, whose output for the *previous* token it reads too."""
     parameters: Mapping[str, str] = field(default_factory=dict)
     """Role -> name in the model's state dict. Of a ``linear`` that is no ``nn.Linear``: ``weight`` (out, in) or
-    ``weight_t`` (in, out), and ``bias``; what it read is then in ``LMOutput.arrived``. Of others: what they need."""
+    ``weight_t`` (in, out), and ``bias``; what it read is then in ``LMOutput.arrived``. Of others: what they need.
+    A matrix that is stored packed is named as the attribute that gives it: ``module.weight``."""
     dynamics: object | None = None
     """What a ``neuron`` computes, for backends: e.g. :class:`~spiking_lm.interfaces.EGRUDynamics`."""
     other_ops: int = 0

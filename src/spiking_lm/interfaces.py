@@ -8,7 +8,7 @@ neuron obeys are tested by :mod:`spiking_lm.testing`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -81,6 +81,12 @@ class SpikingLanguageModel(nn.Module, ABC):
         raise UsageError(
             f"{type(self).__name__} has no classification head (capabilities: {sorted(self.capabilities)})"
         )
+
+    def expect(self, stored: Mapping[str, Tensor]) -> None:
+        """Make room for the tensors of a checkpoint that follow in shape and name from what they hold, not the config.
+
+        Called before ``stored``, a whole state dict, is loaded into a model that was just made from its config.
+        """
 
     def to_reference(self, *, grads: bool = False) -> dict[str, Tensor]:
         """Return the weights, or their gradients, under the state-dict keys of the paper's own code."""

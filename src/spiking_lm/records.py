@@ -161,9 +161,11 @@ class ConverterSpec(Record):
     """
 
     kind = "converters"
-    targets = ("sniff", "convert")
+    targets = ("sniff", "convert", "tokenizer")
     sniff: str
     convert: str
+    tokenizer: str | None = None
+    """``f(path) -> spiking_lm.data.Tokenizer``: the one that lies beside the weights; None where there never is one."""
 
 
 @dataclass(frozen=True, kw_only=True)

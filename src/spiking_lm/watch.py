@@ -20,7 +20,7 @@ from spiking_lm.interfaces import Neuron, SpikingLanguageModel
 _TOKENS_PER_CALL = 1024
 """Rows are run in groups of so many tokens, to bound the memory that logits and spikes take."""
 
-_LARGEST_INTEGER = 255
+LARGEST_INTEGER = 255
 """A count that is still an event with a small payload; whole numbers beyond it are real values."""
 
 RANK: dict[ValueKind, int] = {"binary": 0, "ternary": 1, "integer": 2, "graded": 3, "real": 3}
@@ -68,14 +68,15 @@ def _rank(x: Tensor) -> int:
     if bool(((x == 0) | (x.abs() == 1)).all()):
         return 1
     whole = not x.is_floating_point() or bool((x == x.round()).all())
-    return 2 if whole and bool((x.abs() <= _LARGEST_INTEGER).all()) else 3
+    return 2 if whole and bool((x.abs() <= LARGEST_INTEGER).all()) else 3
 
 
 class LinearTap:
     """Counts the synaptic operations of one weight matrix from the inputs that arrive at its module."""
 
-    def __init__(self, op: Op, weight: Tensor) -> None:
+    def __init__(self, op: Op, weight: Tensor, module: nn.Module | None) -> None:
         self.op = op
+        self.module = module
         self.weight = weight
         self.fan_out = torch.count_nonzero(weight, dim=0)  # non-zero weights that an input element meets
         self.input = Stream()
@@ -119,7 +120,8 @@ class Watch:
             if op.module is not None:
                 self._by_module[op.module].append(op)
             if op.kind == "linear":
-                self.linears[op.name] = LinearTap(op, self._matrix(op))
+                module = None if op.module is None else self._module(op.module, op)
+                self.linears[op.name] = LinearTap(op, self._matrix(op), module)
         self._neurons = [op.name for op in graph if op.kind == "neuron"]
 
     def _matrix(self, op: Op) -> Tensor:
@@ -135,6 +137,9 @@ class Watch:
                     f"graph: op {op.name!r} is linear but names no module", hint="set Op.module, or Op.parameters"
                 )
             weight = self._parameters.get(name)
+            if weight is None:  # stored in another form: the module says what it stands for
+                owner, _, leaf = name.rpartition(".")
+                weight = getattr(self._module(owner, op), leaf, None)
             if isinstance(weight, Tensor) and role == "weight_t":
                 weight = weight.T
         if not isinstance(weight, Tensor) or op.weight is None or tuple(weight.shape) != tuple(op.weight):

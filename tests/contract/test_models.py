@@ -6,8 +6,10 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import Tensor
 
 from spiking_lm import create_model, registry
+from spiking_lm.gif import calibrate_scale
 from spiking_lm.interfaces import SpikingLanguageModel
 from spiking_lm.testing import ModelContract
 
@@ -130,6 +132,82 @@ class TestQwen2(SpikeLLMContract):
 
 class TestMistral(SpikeLLMContract):
     changes: ClassVar = {"sliding_window": 5, "n_kv_head": 1, "rope_scaling": {"type": "llama3", "factor": 8.0}}
+
+
+W4A4: dict[str, Any] = {
+    "weights": {"bits": 4},
+    "activations": {"bits": 4, "salient": {"rate": 0.2}},
+    "cache": {"bits": 4, "query_bits": 6, "salient": {"rate": 0.2}},
+}
+
+
+class SpikingLlamaContract(SpikeLLMContract):
+    """Counts in front of every projection; a fifth of the channels is salient."""
+
+    changes: ClassVar = W4A4
+
+    @pytest.fixture
+    def model(self) -> SpikingLanguageModel:
+        torch.manual_seed(7)
+        model = create_model("spikellm", **{**SMALL, "n_inner": 24, "n_head": 4, **self.changes})
+        for name, mask in model.named_buffers():
+            if "salient" in name:
+                mask.copy_(torch.rand(mask.shape) < 0.2)
+        calibrate(model)
+        return model
+
+
+def calibrate(model: SpikingLanguageModel) -> None:
+    """Set static scales to what a random text needs, so that something spikes."""
+
+    def see(module: Any, args: tuple[Tensor, ...]) -> None:
+        module.scale.copy_(calibrate_scale(args[0]))
+
+    static = [module for module in model.modules() if getattr(module, "scale", None) is not None]
+    hooks = [module.register_forward_pre_hook(see) for module in static]
+    with torch.no_grad():
+        model(torch.arange(23)[None])
+    for hook in hooks:
+        hook.remove()
+
+
+class TestSpikeLLM(SpikingLlamaContract):
+    pass
+
+
+class TestSpikeLLMUnsigned(SpikingLlamaContract):
+    """Unsigned spikes one step after the other; grouped queries, weights in ragged groups and a tied embedding."""
+
+    changes: ClassVar = {
+        "weights": {"bits": 3, "group_size": 7, "symmetric": True},
+        "activations": {"bits": 3, "spikes": "unsigned", "salient": {"rate": 0.2, "steps": 4}},
+        "cache": {"bits": 3},
+        **{"mode": "spike", "n_kv_head": 2, "tie_embeddings": True},
+    }
+
+
+class TestSpikeLLMTernary(SpikingLlamaContract):
+    """Weights that only add, biases, and spikes one by one."""
+
+    changes: ClassVar = {
+        "weights": {"type": "ternary", "group_size": 8},
+        "activations": {"bits": 2},
+        **{"mode": "binary", "qkv_bias": True, "n_layer": 1},
+    }
+
+
+class TestSpikeLLMOfRealWeights(SpikingLlamaContract):
+    """Trainable: real weights behind counts on a static scale, values and keys of a sliding window as codes."""
+
+    changes: ClassVar = {
+        "activations": {"bits": 6, "scale": "static", "salient": {"rate": 0.2}},
+        "cache": {"bits": 4, "salient": {"rate": 0.2}},
+        "sliding_window": 5,
+    }
+
+
+class TestSpikeLLMOfRealActivations(SpikingLlamaContract):
+    changes: ClassVar = {"weights": {"bits": 2}, "n_kv_head": 1, "head_dim": 6}
 
 
 def test_every_first_party_model_is_under_contract() -> None:
