@@ -13,6 +13,7 @@ from spiking_lm.records import (
     MetricSpec,
     NeuronSpec,
     RecipeSpec,
+    SpikeKind,
     TokenizerSpec,
 )
 
@@ -83,15 +84,23 @@ def spiking_lm_tokenizers(register: Register) -> None:
 
 @hookimpl
 def spiking_lm_neurons(register: Register) -> None:
-    """Register the neuron that needs no framework."""
-    register(
-        NeuronSpec(
-            name="lif",
-            summary="leaky integrate-and-fire in plain PyTorch",
-            config="spiking_lm.config:LIFConfig",
-            factory="spiking_lm.neurons:LIF",
-        )
+    """Register the neurons that need no framework."""
+    kinds: tuple[tuple[str, str, SpikeKind, str], ...] = (
+        ("lif", "neurons:LIF", "binary", "leaky integrate-and-fire in plain PyTorch"),
+        ("if", "gif_neurons:IF", "binary", "integrate-and-fire without leak, soft reset"),
+        ("gif", "gif_neurons:GIF", "integer", "several integrate-and-fire steps in one: counts of spikes"),
+        ("gif.ternary", "gif_neurons:TernaryGIF", "ternary", "integrate-and-fire upwards and downwards: -1, 0, 1"),
     )
+    for name, neuron, kind, summary in kinds:
+        register(
+            NeuronSpec(
+                name=name,
+                summary=summary,
+                config=f"spiking_lm.config:{neuron.partition(':')[2]}Config",
+                factory=f"spiking_lm.{neuron}",
+                spike_kind=kind,
+            )
+        )
 
 
 @hookimpl

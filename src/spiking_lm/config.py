@@ -69,6 +69,37 @@ class LIFConfig(NeuronConfig):
     """True stops the gradient through the reset."""
 
 
+class IFConfig(NeuronConfig):
+    """An integrate-and-fire neuron without leak, whose reset subtracts the threshold."""
+
+    threshold: float = Field(default=1.0, gt=0)
+    compare: Literal[">=", ">"] = ">="
+    """Whether a membrane exactly at the threshold fires."""
+    surrogate: SurrogateConfig = SurrogateConfig()
+    detach_reset: bool = False
+    """True stops the gradient through the reset."""
+
+
+class GIFConfig(NeuronConfig):
+    """A Generalized Integrate-and-Fire neuron: ``levels`` sub-steps of an integrate-and-fire neuron in one step."""
+
+    levels: int = Field(default=15, ge=1)
+    """The most spikes of a step; 2^n - 1 fit n bits."""
+    threshold: float = Field(default=1.0, gt=0)
+    detach_reset: bool = False
+    """True stops the gradient through the reset."""
+
+
+class TernaryGIFConfig(NeuronConfig):
+    """A Generalized Integrate-and-Fire neuron of one positive and one negative spike."""
+
+    threshold: float = Field(default=1.0, gt=0)
+    surrogate: SurrogateConfig = SurrogateConfig()
+    """Of either spike."""
+    detach_reset: bool = False
+    """True stops the gradient through the reset."""
+
+
 class BackendConfig(StrictModel):
     """Base of hardware backends' options; subclasses add how a model is placed and computed."""
 

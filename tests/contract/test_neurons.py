@@ -88,10 +88,48 @@ class TestNorseLIF(NeuronContract):
         return create_neuron("norse.lif", **NORSE_LIF_FORMS[request.param])
 
 
+IF_FORMS = {
+    "defaults": {},
+    "above": {"compare": ">", "threshold": 1.5},
+    "detached": {"detach_reset": True, "surrogate": {"name": "triangle", "alpha": 0.5}},
+}
+GIF_FORMS = {
+    "defaults": {},
+    "one-level": {"levels": 1},
+    "detached": {"levels": 3, "threshold": 0.5, "detach_reset": True},
+}
+TERNARY_FORMS = {"defaults": {}, "detached": {"threshold": 2.0, "detach_reset": True, "surrogate": "sigmoid"}}
+
+
+class TestIF(NeuronContract):
+    name = "if"
+
+    @pytest.fixture(params=IF_FORMS)
+    def neuron(self, request: pytest.FixtureRequest) -> Neuron:
+        return create_neuron("if", **IF_FORMS[request.param])
+
+
+class TestGIF(NeuronContract):
+    name = "gif"
+
+    @pytest.fixture(params=GIF_FORMS)
+    def neuron(self, request: pytest.FixtureRequest) -> Neuron:
+        return create_neuron("gif", **GIF_FORMS[request.param])
+
+
+class TestTernaryGIF(NeuronContract):
+    name = "gif.ternary"
+
+    @pytest.fixture(params=TERNARY_FORMS)
+    def neuron(self, request: pytest.FixtureRequest) -> Neuron:
+        return create_neuron("gif.ternary", **TERNARY_FORMS[request.param])
+
+
 def test_every_first_party_neuron_is_under_contract() -> None:
     from spiking_lm import registry
 
-    covered = {c.name for c in (TestLIF, TestSnnTorchLeaky, TestNorseLIFBox, TestNorseLIF)}
+    contracts = (TestLIF, TestSnnTorchLeaky, TestNorseLIFBox, TestNorseLIF, TestIF, TestGIF, TestTernaryGIF)
+    covered = {c.name for c in contracts}
     first_party = {name for name, entry in registry.all("neurons").items() if entry.plugin.first_party}
     assert first_party == covered
 
