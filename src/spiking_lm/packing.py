@@ -98,7 +98,8 @@ def _dtype(levels: int) -> torch.dtype:
 
 
 def _padded(flat: Tensor, multiple: int) -> Tensor:
-    return torch.nn.functional.pad(flat, (0, -flat.numel() % multiple))
+    padded: Tensor = torch.nn.functional.pad(flat, (0, -flat.numel() % multiple))
+    return padded
 
 
 def _spread(codes: Tensor, bits: int) -> Tensor:
@@ -114,8 +115,8 @@ def _gather(packed: Tensor, bits: int) -> Tensor:
     """Undo :func:`_spread`, but for its zeros at the end."""
     parts = _padded(packed, bits).view(-1, bits).long()
     words = (parts << torch.arange(0, 8 * bits, 8, device=packed.device)).sum(1, keepdim=True)
-    mask = 2**bits - 1
-    return ((words >> torch.arange(0, 8 * bits, bits, device=packed.device)) & mask).to(torch.uint8).view(-1)
+    codes: Tensor = (words >> torch.arange(0, 8 * bits, bits, device=packed.device)) & (2**bits - 1)
+    return codes.to(torch.uint8).view(-1)
 
 
 @lru_cache
