@@ -106,7 +106,7 @@ def decode(codes: Tensor, grid: Grid, scheme: WeightScheme) -> Tensor:
     """Return ``(codes - zero) * scale`` (O, I), of uniform and of ternary codes, in the type of the grid."""
     values = []
     for group, scale, zero in _by_group(codes, grid, scheme):
-        values.append(group.to(scale.dtype).sub_(zero).mul_(scale).flatten(1))
+        values.append(group.to(scale.dtype).sub(zero).mul_(scale).flatten(1))
     return _joined(values)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -283,6 +285,18 @@ def test_everything_that_is_stored_is_counted() -> None:
     half = QuantizedWeight(encode(w, short, ternary, steps), short, ternary, steps=steps)
     assert half.bits_per_weight() == pytest.approx(mixed.bits_per_weight() - 16 / 64)
     assert half.tensors()["scale"].element_size() == 2
+
+
+def test_the_example_of_the_page_runs(root: Path) -> None:
+    page = (root / "docs/quantization.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    for block in re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
+        exec(block, names)
+    q, w = names["q"], names["w"]
+    assert f"# {q.bits_per_weight()}: codes" in page
+    assert q.grid.scale.shape == (1536, 5)
+    step = _per_weight(q.grid.scale, 576, 128)
+    assert bool(((q.dequantize() - w).abs() <= 0.5001 * step).all())
 
 
 def test_damaged_and_foreign_tensors_are_named() -> None:
