@@ -148,8 +148,8 @@ def gptq(
     read the same may share its :class:`Factor`, which then settles both. ``static_groups`` fits all grids to the matrix
     as it was, so that groups are of consecutive inputs in spite of ``act_order``; otherwise they are formed in the
     order of the solution, which the result keeps, and fitted to what they are by then. ``mse`` narrows uniform ranges,
-    see :func:`spiking_lm.quantization.weight_grid`. ``block`` is for :func:`compensate`, ``generator`` for a scheme whose
-    salient columns are random.
+    see :func:`spiking_lm.quantization.weight_grid`. ``block`` is for :func:`compensate`, ``generator`` for
+    salient columns that are chosen at random.
 
     Salient columns of a ternary scheme are those of the greatest H_jj mean_i w_ij^2, what leaving them out costs. They
     come first under ``act_order``, so that they share scales with their like. (Saliency w^2 / U_jj^2 depends on the

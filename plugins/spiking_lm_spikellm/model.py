@@ -30,6 +30,7 @@ from spiking_lm.schemes import OFF, ActivationScheme, CacheScheme
 from spiking_lm.watch import LARGEST_INTEGER, check_range
 from spiking_lm_spikellm.config import SpikeLLMConfig
 from spiking_lm_spikellm.layers import Head, Mode, Record, SpikingLinear
+from spiking_lm_spikellm.rotation import ResidualRotation, operations, rotate
 
 Kept = Tensor | TokenCounts
 """Keys or values of all tokens so far, ``(B, H, L, d)``: real, or as counts with the range of each token and head."""
@@ -140,6 +141,8 @@ class Attention(nn.Module):
         q, k, v = (projection(x, record).view(heads).transpose(1, 2) for projection in projections)
         cos, sin = self.rotary(positions, x)
         q, k = turn(q, cos, sin), turn(k, cos, sin)
+        if _rotates_keys(self.config):
+            q, k = rotate(q), rotate(k)
         if self.config.cache.query_bits < OFF:
             if record is not None:
                 codes = gif_encode_tokens(q, self.config.cache, of="query").codes
@@ -147,8 +150,10 @@ class Attention(nn.Module):
             q = gif_quantize_tokens(q, self.config.cache, of="query")
         keys, kept_keys = self._remember(k, None if past is None else past.keys, "key", record)
         values, kept_values = self._remember(v, None if past is None else past.values, "value", record)
-        y = self._attend(q, keys, values, positions)
-        return self.o_proj(y.transpose(1, 2).flatten(2), record), LayerCache(kept_keys, kept_values)
+        y = self._attend(q, keys, values, positions).transpose(1, 2)
+        if self.config.rotation:
+            y = rotate(y.mT).mT  # across the heads; v_proj holds the rotation within each
+        return self.o_proj(y.flatten(2), record), LayerCache(kept_keys, kept_values)
 
     def _remember(
         self, new: Tensor, past: Kept | None, of: Literal["key", "value"], record: Record | None
@@ -201,6 +206,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: SpikeLLMConfig) -> None:
         super().__init__()
+        self.config = config
         schemes = config.weights, config.activations, config.mode
         self.gate_proj = SpikingLinear(config.n_embd, config.n_inner, False, *schemes)
         self.up_proj = SpikingLinear(config.n_embd, config.n_inner, False, *schemes)
@@ -208,6 +214,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, record: Record | None = None) -> Tensor:
         gated = F.silu(self.gate_proj(x, record)) * self.up_proj(x, record)
+        if self.config.rotation:
+            gated = rotate(gated)
         return cast(Tensor, self.down_proj(gated, record))
 
 
@@ -241,6 +249,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         nn.init.normal_(self.embed_tokens.weight, std=0.02)
+        self.rotation = ResidualRotation(config.n_embd) if config.rotation else None
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
 
@@ -315,11 +324,15 @@ class SpikeLLM(SpikingLanguageModel):
         except IndexError:
             check_range(tokens, self.config.vocab_size)
             raise
+        if self.model.rotation is not None:
+            x = self.model.rotation(x)
         positions = state.length[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
         caches = []
         for block, past in zip(self.blocks(), state.layers, strict=True):
             x, cache = block(x, positions, past, record)
             caches.append(self._within_window(cache))
+        if self.model.rotation is not None:
+            x = self.model.rotation.inverse(x)
         logits = self.lm_head(self.model.norm(x))
         after = SpikeLLMState(state.length + tokens.shape[1], tuple(caches))
         if record is None:
@@ -384,7 +397,14 @@ def _ops(config: SpikeLLMConfig) -> list[Op]:
         held = {"weight": f"{name}.weight"} | ({"bias": f"{name}.bias"} if _biased(config, name) else {})
         return add(name, "linear", (source,), n_out, weight=(n_out, n_in), parameters=held)
 
+    def rotated(name: str, source: str, n: int, row: int) -> str:
+        """Add the rotation of ``n`` values in rows, if the model has been rotated."""
+        if not config.rotation:
+            return source
+        return add(name, "elementwise", (source,), n, other_ops=n // row * operations(row))
+
     x = add("model.embed_tokens", "embedding", ("tokens",), size, module="model.embed_tokens")
+    x = rotated("model.rotate", x, size, size)
     for i in range(config.n_layer):
         p = f"model.layers.{i}"
         normed = norm(f"{p}.input_layernorm", x)
@@ -393,20 +413,26 @@ def _ops(config: SpikeLLMConfig) -> list[Op]:
         v = projection(f"{p}.self_attn.v_proj", normed, keys, size)
         q = add(f"{p}.self_attn.q_rotary", "elementwise", (q,), queries, other_ops=3 * queries)
         k = add(f"{p}.self_attn.k_rotary", "elementwise", (k,), keys, other_ops=3 * keys)
+        if _rotates_keys(config):
+            q = rotated(f"{p}.self_attn.rotate_q", q, queries, config.head_size)
+            k = rotated(f"{p}.self_attn.rotate_k", k, keys, config.head_size)
         q = counted(f"{p}.self_attn.queries", q, queries, ActivationScheme(), config.cache.query_bits)
         if config.cache.key_range == "token":
             k = counted(f"{p}.self_attn.keys", k, keys, config.cache, config.cache.bits)
         v = counted(f"{p}.self_attn.values", v, keys, config.cache, config.cache.bits)
         cost = round(context * (4 * queries + 5 * config.n_head))  # two products, and a softmax of 5 operations
         mixed = add(f"{p}.self_attn.attention", "elementwise", (q, k, v), queries, other_ops=cost)
+        mixed = rotated(f"{p}.self_attn.rotate", mixed, queries, config.n_head)
         out = projection(f"{p}.self_attn.o_proj", mixed, size, queries)
         x = add(f"{p}.add_attention", "residual", (x, out), size, other_ops=size)
         normed = norm(f"{p}.post_attention_layernorm", x)
         gate = projection(f"{p}.mlp.gate_proj", normed, inner, size)
         up = projection(f"{p}.mlp.up_proj", normed, inner, size)
         gated = add(f"{p}.mlp.gated", "elementwise", (gate, up), inner, other_ops=6 * inner)
+        gated = rotated(f"{p}.mlp.rotate", gated, inner, inner)
         down = projection(f"{p}.mlp.down_proj", gated, size, inner)
         x = add(f"{p}.add_feed_forward", "residual", (x, down), size, other_ops=size)
+    x = rotated("model.rotate_back", x, size, size)
     vocab = config.vocab_size
     add("lm_head", "linear", (norm("model.norm", x),), vocab, module="lm_head", weight=(vocab, size))
     return listed
@@ -414,3 +440,8 @@ def _ops(config: SpikeLLMConfig) -> list[Op]:
 
 def _biased(config: SpikeLLMConfig, projection: str) -> bool:
     return config.qkv_bias and projection.endswith(("q_proj", "k_proj", "v_proj"))
+
+
+def _rotates_keys(config: SpikeLLMConfig) -> bool:
+    """Return whether queries and keys are rotated: where they have few bits; attention does not notice."""
+    return config.rotation and min(config.cache.bits, config.cache.query_bits) < OFF

@@ -71,12 +71,12 @@ class CacheSaliency:
         self._sequences = 0
 
     def update(self, queries: Tensor, keys: Tensor, attended: Tensor) -> None:
-        """Add whole sequences: ``queries`` and ``attended (B, S, H, d)``, ``keys (B, S, KV, d)``.
+        """Add whole sequences: ``queries`` and ``attended (B, H, S, d)``, ``keys (B, KV, S, d)``.
 
         ``attended`` is probabilities times values, before the output projection.
         """
-        length, kv_heads = keys.shape[1:3]
-        q, k, o = (x.detach().double().transpose(1, 2) for x in (queries, keys, attended))
+        kv_heads, length = keys.shape[1:3]
+        q, k, o = (x.detach().double() for x in (queries, keys, attended))
         q, o = (x.reshape(len(x), kv_heads, -1, x.shape[-1]) for x in (q, o))  # heads of a group count as more tokens
         self._keys = self._keys.to(k.device) + ((q.mT @ q) * (k.mT @ k)).sum((0, -1)) / length
         self._values = self._values.to(k.device) + o.square().sum((0, 2)) / length

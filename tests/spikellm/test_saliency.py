@@ -46,7 +46,7 @@ def test_keys_and_values_as_released(golden: dict[str, torch.Tensor], rows: int)
     saliency = CacheSaliency(kv_heads=4, head_size=8)
     for at in range(0, 3, rows):
         part = slice(at, at + rows)
-        saliency.update(*(x.transpose(1, 2) for x in (q[part], k[part], p[part] @ v[part])))
+        saliency.update(q[part], k[part], p[part] @ v[part])
     torch.testing.assert_close(saliency.keys, golden["k_channel_saliency"][0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(saliency.values, golden["v_channel_saliency"][0], rtol=1e-5, atol=1e-6)
     for low in (0.5, 0.9, 0.95):
@@ -60,8 +60,8 @@ def test_grouped_queries_add_up() -> None:
     k, v = torch.randn(2, 2, 5, 4), torch.randn(2, 2, 5, 4)
     every_k, every_v = (x.repeat_interleave(3, 1) for x in (k, v))
     grouped, repeated = CacheSaliency(2, 4), CacheSaliency(6, 4)
-    grouped.update(*(x.transpose(1, 2) for x in (q, k, p @ every_v)))
-    repeated.update(*(x.transpose(1, 2) for x in (q, every_k, p @ every_v)))
+    grouped.update(q, k, p @ every_v)
+    repeated.update(q, every_k, p @ every_v)
     torch.testing.assert_close(grouped.keys, repeated.keys.view(2, 3, 4).sum(1))
     torch.testing.assert_close(grouped.values, repeated.values.view(2, 3, 4).sum(1))
 
