@@ -58,12 +58,11 @@ def levels(scheme: ActivationScheme, *, salient: bool = False) -> int:
 
 
 class Grid(NamedTuple):
-    """Where a token's counts lie: value = (code - zero) scale with 0 <= code <= top."""
+    """Where a token's values lie: at n scale, with n a whole number, low <= n <= high. The code is n - low."""
 
     scale: Tensor
-    zero: Tensor
-    """A whole number; beyond the codes where a token's range does not reach 0."""
-    top: int
+    low: Tensor
+    high: Tensor
 
 
 def gif_quantize(
@@ -112,11 +111,11 @@ def gif_encode(
     with torch.no_grad():
         values = _at_least_float32(x)
         static, between = scale is not None, limits(values, scale)
-        grid = grid_between(between, levels(scheme))
+        grid, fine = grids(between, scheme, salient)
         codes, zero = encode(values, grid, scheme, static=static)
         if salient is None:
             return Counts(codes.to(torch.int32), grid.scale, zero)
-        fine, place = grid_between(between, levels(scheme, salient=True)), _place(salient)
+        place = _place(salient)
         picked, fine_zero = encode(_pick(values, place), fine, scheme, static=static)
         return Counts(
             _put(codes, place, picked).to(torch.int32),
@@ -198,13 +197,10 @@ class TokenCounts(NamedTuple):
         """Return what :func:`gif_quantize_tokens` does, bit for bit, in the dtype of the limits."""
         activations, mask = _of_tokens(self.limits, scheme, salient, of)
         least, greatest = self.limits.chunk(2, -1)
-        grid = grid_between((least, greatest), levels(activations))
+        grid, fine = grids((least, greatest), activations, mask)
         codes = self.codes.to(least.dtype)
-        values = (codes - grid.zero).mul_(grid.scale)
-        if mask is None:
-            return values
-        fine = grid_between((least, greatest), levels(activations, salient=True))
-        return torch.where(mask, codes.sub_(fine.zero).mul_(fine.scale), values)
+        values = (codes + grid.low).mul_(grid.scale)
+        return values if mask is None else _put(values, mask, codes.add_(fine.low).mul_(fine.scale))
 
 
 def gif_encode_tokens(x: Tensor, scheme: CacheScheme, salient: Tensor | None = None, *, of: Of) -> TokenCounts:
@@ -215,10 +211,16 @@ def gif_encode_tokens(x: Tensor, scheme: CacheScheme, salient: Tensor | None = N
             hint="set cache.key_range to token",
         )
     activations, mask = _of_tokens(x, scheme, salient, of)
-    counts = gif_encode(x, activations, mask)
-    small = levels(activations, salient=mask is not None) <= torch.iinfo(torch.uint8).max
-    between = torch.cat(limits(_at_least_float32(x.detach()), None), -1)
-    return TokenCounts(counts.codes.to(torch.uint8) if small else counts.codes, between)
+    check_charges("gif_encode_tokens", x, activations, mask, None)
+    with torch.no_grad():
+        values = _at_least_float32(x)
+        between = limits(values, None)
+        grid, fine = grids(between, activations, mask)
+        codes, _ = encode(values, grid, activations, static=False)
+        if mask is not None:
+            codes = _put(codes, mask, encode(values, fine, activations, static=False)[0])
+        small = levels(activations, salient=mask is not None) <= torch.iinfo(torch.uint8).max
+        return TokenCounts(codes.to(torch.uint8 if small else torch.int32), torch.cat(between, -1))
 
 
 def _of_tokens(
@@ -256,41 +258,61 @@ def limits(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     return x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)  # aminmax is 20 times slower than both of them
 
 
-def grid_between(between: tuple[Tensor, Tensor], top: int) -> Grid:
-    """Return the grid of codes 0 ... ``top`` from a least to a greatest value."""
+def grids(between: tuple[Tensor, Tensor], scheme: ActivationScheme, salient: Tensor | None) -> tuple[Grid, Grid]:
+    """Return the grids of ordinary and of salient channels, from a least to a greatest value.
+
+    Both are found at once: for few tokens the calls take longer than the arithmetic. Without salient channels it is the
+    same grid twice.
+    """
     least, greatest = between
     span = greatest - least
     # Where all is one value c, the scale is |c|, which c is exactly once.
     floor = torch.where(span > 0, SCALE_FLOOR, least.abs().clamp_min_(torch.finfo(least.dtype).tiny))
+    top: Tensor | int
+    if salient is None:
+        top = levels(scheme)
+    else:
+        top = _tops(levels(scheme), levels(scheme, salient=True), least.dtype, least.device)
     scale = torch.maximum(span / top, floor)
-    return Grid(scale, (least / scale).neg_().round_(), top)
+    low = (least / scale).round_()
+    high = low + top
+    if salient is None:
+        grid = Grid(scale, low, high)
+        return grid, grid
+    (scale, fine_scale), (low, fine_low), (high, fine_high) = (t.chunk(2, -1) for t in (scale, low, high))
+    return Grid(scale, low, high), Grid(fine_scale, fine_low, fine_high)
 
 
-def whole(x: Tensor, grid: Grid, *, static: bool) -> Tensor:
-    """Return code - zero as real numbers, in memory of its own."""
-    y = (x / grid.scale).round_()
-    torch.minimum(y, grid.top - grid.zero, out=y)  # a dynamic range is left at the top too, where both ends round up
+@lru_cache(maxsize=64)
+def _tops(ordinary: int, salient: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor([ordinary, salient], dtype=dtype, device=device)
+
+
+def whole(x: Tensor, grid: Grid, *, static: bool, overwrite: bool = False) -> Tensor:
+    """Return the n of every value, as real numbers, in memory of its own or that of ``x``."""
+    n = (x.div_(grid.scale) if overwrite else x / grid.scale).round_()
+    torch.minimum(n, grid.high, out=n)  # a dynamic range is left at the top too, where both ends are rounded
     if static:
-        torch.maximum(y, -grid.zero, out=y)
-    return y
+        torch.maximum(n, grid.low, out=n)
+    return n
 
 
 def encode(x: Tensor, grid: Grid, scheme: ActivationScheme, *, static: bool) -> tuple[Tensor, Tensor]:
     """Return codes as real numbers, and the zero that is to be subtracted from them."""
-    zero = grid.zero
-    if scheme.spikes == "signed":
-        zero = zero - zero.clamp(0, grid.top)
-    return whole(x, grid, static=static).add_(zero), zero
+    zero = grid.low.clamp(min=0) + grid.high.clamp(max=0) if scheme.spikes == "signed" else grid.low
+    return whole(x, grid, static=static).sub_(zero), -zero
 
 
 def _quantized(x: Tensor, scheme: ActivationScheme, salient: Tensor | None, scale: Tensor | None) -> Tensor:
-    static, between = scale is not None, limits(x, scale)
-    grid = grid_between(between, levels(scheme))
+    static = scale is not None
+    grid, fine = grids(limits(x, scale), scheme, salient)
     values = whole(x, grid, static=static).mul_(grid.scale)
     if salient is None:
         return values
-    fine, place = grid_between(between, levels(scheme, salient=True)), _place(salient)
-    return _put(values, place, whole(_pick(x, place), fine, static=static).mul_(fine.scale))
+    place = _place(salient)
+    picked = whole(_pick(x, place), fine, static=static, overwrite=place.dtype != torch.bool)
+    return _put(values, place, picked.mul_(fine.scale))
 
 
 # Salient channels are few: on a CPU their columns are taken out, computed apart and put back, as whole tensors of two
@@ -308,9 +330,12 @@ def _pick(x: Tensor, place: Tensor) -> Tensor:
 
 
 def _put(target: Tensor, place: Tensor, picked: Tensor) -> Tensor:
-    """Return ``target``, which may be overwritten, with ``picked`` in the salient places."""
+    """Overwrite ``target`` in the salient places with ``picked``."""
     if place.dtype == torch.bool:
-        return torch.where(place, picked, target)
+        chosen = place.to(
+            target.dtype
+        )  # torch.where takes five times as long, and values of a token are all finite or none
+        return target.mul_(1 - chosen).addcmul_(picked, chosen)
     return target.scatter_(-1, place.expand_as(picked), picked)
 
 
@@ -327,10 +352,11 @@ class _Quantize(torch.autograd.Function):
         x, salient, scale = ctx.saved_tensors
         values = _at_least_float32(x)
         g, between, static = grads[0].to(values.dtype), limits(values, scale), scale is not None
-        gx, per_span = _pull_back(values, g, grid_between(between, levels(ctx.scheme)), static=static)
+        grid, fine = grids(between, ctx.scheme, salient)
+        gx, per_span = _pull_back(values, g, grid, levels(ctx.scheme), static=static)
         if salient is not None:
-            place, fine = _place(salient), grid_between(between, levels(ctx.scheme, salient=True))
-            gx_picked, per_span_picked = _pull_back(_pick(values, place), _pick(g, place), fine, static=static)
+            place, top = _place(salient), levels(ctx.scheme, salient=True)
+            gx_picked, per_span_picked = _pull_back(_pick(values, place), _pick(g, place), fine, top, static=static)
             gx = _put(gx, place, gx_picked)
             per_span = _put(per_span, place, per_span_picked)
         if not static:
@@ -344,15 +370,15 @@ class _Quantize(torch.autograd.Function):
         return gx.to(x.dtype), None, None, None
 
 
-def _pull_back(x: Tensor, g: Tensor, grid: Grid, *, static: bool) -> tuple[Tensor, Tensor]:
+def _pull_back(x: Tensor, g: Tensor, grid: Grid, top: int, *, static: bool) -> tuple[Tensor, Tensor]:
     """Return what a gradient ``g`` of the quantised values gives to ``x`` itself, and to the span of its limits.
 
-    With ``inside`` where a code is not clamped: d xhat = inside (dx - x/scale dscale) + (code - zero) dscale, and
-    dscale = dspan / top where the scale is not its floor.
+    With ``inside`` where a code is not clamped: d xhat = inside (dx - x/scale dscale) + n dscale, and dscale = dspan /
+    top where the scale is not its floor.
     """
-    y = whole(x, grid, static=static)
+    n = whole(x, grid, static=static)
     charge = x / grid.scale
-    code = charge.round().add_(grid.zero)
-    inside = ((code > 0) & (code < grid.top)).to(g.dtype)
-    factor = (grid.scale > SCALE_FLOOR).to(g.dtype).div_(grid.top)
-    return g * inside, y.addcmul_(charge, inside, value=-1).mul_(g).mul_(factor)
+    rounded = charge.round()
+    inside = ((rounded > grid.low) & (rounded < grid.high)).to(g.dtype)
+    factor = (grid.scale > SCALE_FLOOR).to(g.dtype).div_(top)
+    return g * inside, n.addcmul_(charge, inside, value=-1).mul_(g).mul_(factor)

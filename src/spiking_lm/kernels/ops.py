@@ -219,15 +219,14 @@ def gif_linear(
         raise UsageError(f"gif_linear: x {tuple(x.shape)} needs weights (O, C), not {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise UsageError(f"gif_linear: bias has shape {tuple(bias.shape)}, not {tuple(weight.shape[:1])}")
-    if scheme.bits >= OFF:
-        return torch.nn.functional.linear(x, weight, bias)
-    check_charges("gif_linear", x, scheme, salient, scale)
-    if salient is not None and salient.dim() != 1:
-        raise UsageError(f"gif_linear: salient must be ({x.shape[-1]},), not {tuple(salient.shape)}")
-    if mode != "fake":
-        if mode not in ("spike", "binary"):
-            raise UsageError(f"gif_linear: mode must be 'fake', 'spike' or 'binary', not {mode!r}")
-        check_emittable("gif_linear", scheme, salient)
+    if mode not in ("fake", "spike", "binary"):
+        raise UsageError(f"gif_linear: mode must be 'fake', 'spike' or 'binary', not {mode!r}")
+    if scheme.bits < OFF:
+        check_charges("gif_linear", x, scheme, salient, scale)
+        if salient is not None and salient.dim() != 1:
+            raise UsageError(f"gif_linear: salient must be ({x.shape[-1]},), not {tuple(salient.shape)}")
+        if mode != "fake":
+            check_emittable("gif_linear", scheme, salient)
     out: Tensor = call("gif_linear", x, weight, bias, scheme, salient, scale, mode=mode)
     return out
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spiking_lm.config import SurrogateConfig
-from spiking_lm.schemes import ActivationScheme
+from spiking_lm.schemes import OFF, ActivationScheme
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -212,6 +212,8 @@ def gif_linear(
     mode: str = "fake",
 ) -> Tensor:
     """Multiply Generalized Integrate-and-Fire spikes with a matrix; see :func:`spiking_lm.kernels.gif_linear`."""
+    if scheme.bits >= OFF:
+        return torch.nn.functional.linear(x, weight, bias)
     dtype = compute_dtype(x)
     charges, w = x.to(dtype), weight.to(dtype)
     chosen = torch.zeros(x.shape[-1], dtype=torch.bool, device=x.device) if salient is None else salient

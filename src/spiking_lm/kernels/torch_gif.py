@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spiking_lm.gif import encode, gif_quantize, grid_between, levels, limits, split_steps
+from spiking_lm.gif import encode, gif_quantize, grids, limits, split_steps
 from spiking_lm.kernels.products import linear, product
 from spiking_lm.kernels.reference import compute_dtype
-from spiking_lm.schemes import ActivationScheme
+from spiking_lm.schemes import OFF, ActivationScheme
 
 _DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
@@ -35,8 +35,9 @@ def gif_linear(
 ) -> Tensor:
     """Multiply Generalized Integrate-and-Fire spikes with a matrix; see :func:`spiking_lm.kernels.gif_linear`."""
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    fake = _linear(gif_quantize(x, scheme, salient, scale), weight, bias) if mode == "fake" or recorded else None
-    if mode == "fake":
+    simulated = mode != "fake" and scheme.bits < OFF
+    fake = _linear(gif_quantize(x, scheme, salient, scale), weight, bias) if recorded or not simulated else None
+    if not simulated:
         assert fake is not None
         return fake
     with torch.no_grad():
@@ -73,12 +74,11 @@ def _spiking(
 ) -> Tensor:
     """Return what the spikes of ``x (N, C)`` and their zero points add up to, ``(N, O)``."""
     static, between = scale is not None, limits(x, scale)
-    grid = grid_between(between, levels(scheme))
+    grid, fine = grids(between, scheme, salient)
     codes, zero = encode(x, grid, scheme, static=static)
     if salient is None:
         return _scaled(_added([codes], weight, binary), weight, grid.scale, zero)
     out = _scaled(_added([codes.masked_fill_(salient, 0)], weight, binary), weight * ~salient, grid.scale, zero)
-    fine = grid_between(between, levels(scheme, salient=True))
     fine_codes, fine_zero = encode(x[:, salient], fine, scheme, static=static)
     fine_weight = weight[:, salient]
     steps = split_steps(fine_codes, scheme)
