@@ -169,7 +169,7 @@ def gptq(
             factor = factorize(factor.hessian, damp=factor.damp, first=salient)
         steps = torch.where(salient, scheme.salient.steps, 1)[factor.order]
     order = factor.order
-    rounder = _OnGrid(scheme, steps, mse)
+    rounder = _OnGrid(scheme, steps, mse, factor.upper.diagonal() ** -2)
     if static_groups:
         rounder.keep(w, order)
     columns = w.T[order].contiguous()
@@ -187,8 +187,8 @@ def gptq(
 class _OnGrid:
     """Rounds to grids that are fitted as the columns come, or to those of the matrix as it was."""
 
-    def __init__(self, scheme: WeightScheme, steps: Tensor | None, mse: bool) -> None:
-        self._scheme, self._mse, self._steps = scheme, mse, steps
+    def __init__(self, scheme: WeightScheme, steps: Tensor | None, mse: bool, importance: Tensor) -> None:
+        self._scheme, self._mse, self._steps, self._importance = scheme, mse, steps, importance
         self._one_group = scheme.model_copy(update={"group_size": None})
         self._most_steps = None if steps is None else steps.tolist()
         self._grids: list[Grid] = []
@@ -197,16 +197,13 @@ class _OnGrid:
     def keep(self, w: Tensor, order: Tensor) -> None:
         """Take the grids of ``w`` (O, I), whose inputs will come in this order, once and for all."""
         size = self._scheme.group_size or w.shape[1]
-        steps = None if self._steps is None else self._steps[order.argsort()]
-        for first in range(0, w.shape[1], size):
-            group = slice(first, first + size)
-            self._grids.append(self._fitted(w[:, group], None if steps is None else steps[group]))
         self._group_of = (order // size).tolist()
+        for places in torch.split(order.argsort(), size):
+            self._grids.append(self._fitted(w[:, order[places]], places))
 
     def fit(self, columns: Tensor, first: int) -> None:
         if self._group_of is None:
-            steps = None if self._steps is None else self._steps[first : first + len(columns)]
-            self._grids.append(self._fitted(columns.T, steps))
+            self._grids.append(self._fitted(columns.T, torch.arange(first, first + len(columns))))
             self._take(self._grids[-1])
 
     def round(self, column: Tensor, index: int) -> Tensor:
@@ -222,10 +219,14 @@ class _OnGrid:
         """Return the grids of all groups."""
         return Grid(*(torch.cat(parts, 1) for parts in zip(*self._grids, strict=True)))
 
-    def _fitted(self, group: Tensor, steps: Tensor | None) -> Grid:
-        if self._scheme.type == "ternary":
-            return ternary_grid(group, 1 if steps is None else steps, self._one_group)
-        return weight_grid(group, self._one_group, with_zero=True, mse=self._mse)
+    def _fitted(self, group: Tensor, places: Tensor) -> Grid:
+        """Return the grid of a ``group`` (O, n) of columns, which have these places in the order of the solution."""
+        if self._scheme.type == "uniform":
+            return weight_grid(group, self._one_group, with_zero=True, mse=self._mse)
+        steps = 1 if self._steps is None else self._steps[places]
+        scale, zero = ternary_grid(group, steps, self._one_group, importance=self._importance[places])
+        short = scale.half().to(scale.dtype)  # stored in 16 bits, and what that loses is made up for as well
+        return Grid(torch.where((short / scale - 1).abs() < 1e-3, short, scale), zero)
 
     def _take(self, grid: Grid) -> None:
         self._scale, zero = (part.squeeze(1) for part in grid)

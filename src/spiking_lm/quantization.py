@@ -143,22 +143,26 @@ def round_to_nearest(w: Tensor, scheme: WeightScheme, steps: Tensor | int = 1) -
     return QuantizedWeight(encode(w, grid, scheme, steps), grid, scheme, steps=per_column)
 
 
-def ternary_grid(w: Tensor, steps: Tensor | int, scheme: WeightScheme, *, fit: bool = True) -> Grid:
+def ternary_grid(
+    w: Tensor, steps: Tensor | int, scheme: WeightScheme, *, fit: bool = True, importance: Tensor | None = None
+) -> Grid:
     """Return the grid of a ternary scheme for ``w`` (O, I), of which each column (I,) or all have ``steps`` steps T.
 
-    ``fit`` minimises the squared error over all scales and spikes; without it the scale is the least that clips
-    nothing, ``max(|w| / T)``. A group whose weights all have one magnitude is returned exactly.
+    ``fit`` minimises the squared error over all scales and spikes, each column's times its positive ``importance``
+    (I,); without it the scale is the least that clips nothing, ``max(|w| / T)``. A group whose weights all have one
+    magnitude is returned exactly.
     Raises: ConfigError for a scheme that is not ternary.
     """
     if scheme.type != "ternary":
         raise ConfigError(f"no ternary grid of {_words(scheme)}", hint="set type: ternary")
     magnitude = _real(w.detach()).abs()
     limit = torch.as_tensor(steps, dtype=magnitude.dtype, device=w.device).expand(w.shape[1])[None]
+    counts = torch.ones_like(limit) if importance is None else (importance / importance.mean()).to(limit)[None]
     scales = []
-    for group, most in zip(
-        split_groups(magnitude, scheme.group_size), split_groups(limit, scheme.group_size), strict=True
+    for group, most, count in zip(
+        *(split_groups(x, scheme.group_size) for x in (magnitude, limit, counts)), strict=True
     ):
-        scale = _least_squares_scale(group, most) if fit else (group / most).amax(2)
+        scale = _least_squares_scale(group, most, count) if fit else (group / most).amax(2)
         scales.append(torch.where(scale > 0, scale, 1))  # all weights are zero: any scale will do
     scale = _joined(scales)
     return Grid(scale, torch.zeros_like(scale))
@@ -317,9 +321,10 @@ def _range_with_zero(low: Tensor, high: Tensor, scheme: WeightScheme) -> Grid:
     return Grid(scale, (-low.detach() / scale.detach()).round_())
 
 
-def _least_squares_scale(magnitude: Tensor, most: Tensor) -> Tensor:
+def _least_squares_scale(magnitude: Tensor, most: Tensor, importance: Tensor) -> Tensor:
     """Return the scale (O, n) that minimises ``|magnitude - scale * code|^2`` over codes in 0..most as well.
 
+    Squares count by their ``importance`` (1, n, size), and so do products < , >.
     For a given scale the best codes are the rounded ones; as it shrinks, a code goes from k - 1 to k at
     ``magnitude / (k - 1/2)``. For given codes the best scale is <magnitude, code> / <code, code>, and the error is the
     less, the greater <magnitude, code>^2 / <code, code> is. So all changes are sorted and summed up to the best place.
@@ -328,10 +333,11 @@ def _least_squares_scale(magnitude: Tensor, most: Tensor) -> Tensor:
     allowed = k <= most[..., None]
     gain = torch.where(allowed, magnitude[..., None], 0)
     order = (gain / (k - 0.5)).flatten(2).argsort(2, descending=True)
-    product = gain.expand(*gain.shape[:-1], len(k)).flatten(2).gather(2, order).cumsum(2)
-    norm = (allowed * (2 * k - 1)).expand(gain.shape).flatten(2).gather(2, order).cumsum(2)
-    best = (product.square() / norm.clamp(min=1)).argmax(2, keepdim=True)
-    scale = (product.gather(2, best) / norm.gather(2, best).clamp(min=1)).squeeze(2)
+    product = (gain * importance[..., None]).flatten(2).gather(2, order).cumsum(2)
+    norm = (allowed * (2 * k - 1) * importance[..., None]).expand(gain.shape).flatten(2).gather(2, order).cumsum(2)
+    norm = norm.clamp(min=torch.finfo(norm.dtype).tiny)
+    best = (product.square() / norm).argmax(2, keepdim=True)
+    scale = (product.gather(2, best) / norm.gather(2, best)).squeeze(2)
     greatest = magnitude.amax(2)
     return torch.where(magnitude.amin(2) == greatest, greatest, scale)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -267,3 +268,26 @@ def test_grids_have_one_column_per_group() -> None:
     for scheme in SCHEMES:
         grid: Grid = gptq(w, hessian, scheme).weight.grid
         assert grid.scale.shape == grid.zero.shape == (8, -(-24 // (scheme.group_size or 24)))
+
+
+@given(st.lists(st.tuples(st.floats(0, 4, width=32), st.floats(0.01, 100), st.integers(1, 3)), min_size=1, max_size=5))
+def test_the_scale_of_ternary_columns_minimises_the_weighted_error(columns: list[tuple[float, float, int]]) -> None:
+    w, importance, steps = (torch.tensor(values, dtype=torch.float64) for values in zip(*columns, strict=True))
+    scheme = WeightScheme(type="ternary")
+    grid = ternary_grid(w[None], steps, scheme, importance=importance)
+    error = (decode(encode(w[None], grid, scheme, steps), grid, scheme) - w).square() @ importance
+    best = w.square() @ importance
+    for code in itertools.product(*(range(int(most) + 1) for most in steps)):
+        spikes = torch.tensor(code, dtype=torch.float64)
+        if spikes.any():
+            scale = (importance * w * spikes).sum() / (importance * spikes.square()).sum()
+            best = torch.minimum(best, (w - scale * spikes).square() @ importance)
+    assert float(error) <= float(best) + 1e-9 * float(w.square() @ importance)
+
+
+def test_ternary_scales_take_two_bytes() -> None:
+    w, hessian = problem(11)
+    found = gptq(w, hessian, SCHEMES[4]).weight
+    assert found.tensors()["scale"].dtype == torch.float16
+    tiny = gptq(w * 1e-6, hessian, SCHEMES[4]).weight  # too small for that: nothing is lost
+    torch.testing.assert_close(tiny.dequantize() * 1e6, found.dequantize(), rtol=0.05, atol=0.05)
