@@ -1,14 +1,22 @@
 """Scoring a model on text (bits per byte, bits per character, perplexity) or on labelled examples (accuracy).
 
-Text is scored with full context: a window of ``window`` tokens slides by ``stride``, and of each window after the first
-only the last ``stride`` predictions count, so every counted token has seen at least ``window - stride`` tokens. Each
-token of the text but the first is counted exactly once. With ``carry_state`` the windows do not overlap, and each goes
-on from the state in which the one before it ended, so that every token has seen all of the text before it.
+There are three protocols for text, whose figures are not comparable:
+
+- sliding: a window of ``window`` tokens slides by ``stride``, and of each window after the first only the last
+  ``stride`` predictions count, so every counted token has seen at least ``window - stride`` tokens. Each token of the
+  text but the first is counted exactly once.
+- carried: the windows do not overlap, and each goes on from the state in which the one before it ended, so that every
+  token has seen all of the text before it. Each token but the first is counted exactly once.
+- blocks: floor(n / window) windows, each from a fresh state and with ``window - 1`` predictions, as the perplexities of
+  quantised models are published (2048 tokens). The first token of a block has nothing before it and is not counted;
+  what is left at the end of the text is not either.
 """
 
 from __future__ import annotations
 
 import math
+import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,7 +31,7 @@ from rich.text import Text
 
 from spiking_lm import registry
 from spiking_lm.data import ClipData, LabelledData, TextData
-from spiking_lm.errors import DataError
+from spiking_lm.errors import DataError, UsageError
 from spiking_lm.generation import evaluating
 from spiking_lm.interfaces import SpikingLanguageModel, mean_over_steps
 from spiking_lm.stages import EvaluateConfig
@@ -35,6 +43,12 @@ if TYPE_CHECKING:
 
 BASELINE_ORDER = 6
 BASELINE_MAX_TOKENS = 5_000_000  # an n-gram table of a larger corpus would take minutes and gigabytes
+
+LOGITS_AT_ONCE = 1 << 27
+"""Logits that are computed at once (512 MiB of float32): fewer windows at a time where the vocabulary is large."""
+
+SUSPICIOUS_RATIO = 1.05
+"""A perplexity that shuffling the words raises by less than this is remarked upon."""
 
 
 @dataclass(frozen=True)
@@ -112,14 +126,19 @@ def evaluate(
     """Score ``model`` on a split; return a JSON-able dict with ``metrics`` and ``protocol``.
 
     For text and clips also ``activity``, the event rates of a model that has spike sites, measured on what is counted;
-    and for bytes and words ``baselines``, what n-gram models reach, in ``baseline_unit``.
+    and for bytes and words ``baselines``, what n-gram models reach, in ``baseline_unit``. With ``config.shuffled`` also
+    ``shuffled``: the perplexity of the same text with its words in another order, and how many times as high that is.
 
-    Raises DataError for an empty split, UnknownNameError for an unknown metric.
+    Raises DataError for a split that is empty or too short, UsageError for shuffling what is no text, UnknownNameError
+    for an unknown metric.
     """
     activity = Activity()
     if isinstance(data, TextData):
-        scores, protocol = _score_text(model, data, config, activity)
+        tokens = np.asarray(getattr(data, config.split).tokens[: config.max_tokens]).astype(np.int64)
+        scores, protocol = _score_text(model, data, tokens, config, activity)
     else:
+        if config.shuffled:
+            raise UsageError(f"{data.name!r} holds no running text whose words could be shuffled")
         scores, protocol = _score_labelled(model, data, config, activity if isinstance(data, ClipData) else None)
     names = config.metrics if config.metrics is not None else list(registry.all("metrics"))
     metrics: dict[str, float] = {}
@@ -134,8 +153,11 @@ def evaluate(
     }
     if activity.places:
         result["activity"] = activity.to_dict()
-    if isinstance(data, TextData) and 0 < len(data.train.tokens) <= BASELINE_MAX_TOKENS:
-        result.update(_baselines(data, getattr(data, config.split).tokens[: config.max_tokens]))
+    if isinstance(data, TextData):
+        if config.shuffled:
+            result["shuffled"] = _score_shuffled(model, data, tokens, config, scores)
+        if 0 < len(data.train.tokens) <= BASELINE_MAX_TOKENS:
+            result.update(_baselines(data, tokens))
     return result
 
 
@@ -156,68 +178,126 @@ def _baselines(data: TextData, held_out: NDArray[Any]) -> dict[str, Any]:
 
 
 def _score_text(
-    model: SpikingLanguageModel, data: TextData, config: EvaluateConfig, activity: Activity
+    model: SpikingLanguageModel, data: TextData, tokens: NDArray[np.int64], config: EvaluateConfig, activity: Activity
 ) -> tuple[Scores, str]:
-    tokens = np.asarray(getattr(data, config.split).tokens[: config.max_tokens]).astype(np.int64)
-    if len(tokens) < 2:
-        raise DataError(f"the {config.split} split has {len(tokens)} tokens; scoring needs at least 2")
+    least = config.window if config.protocol == "blocks" else 2
+    if len(tokens) < least:
+        raise DataError(
+            f"the {config.split} split has {len(tokens)} tokens; scoring needs at least {least}",
+            hint="a block is that long: choose a smaller window" if least > 2 else None,
+        )
     nll, predicted = score_tokens(model, tokens, config, activity if model.spike_sites() else None)
+    target = tokens[scored_positions(len(tokens), config)]
     n_bytes = n_chars = 0
     if data.tokenizer.lossless:
-        counted = data.tokenizer.decode_bytes(tokens[1:])
+        counted = data.tokenizer.decode_bytes(target)
         n_bytes, n_chars = len(counted), sum((byte & 0xC0) != 0x80 for byte in counted)
         text = f"({n_bytes:,} bytes)"
     else:
-        unknown = float((tokens[1:] == data.tokenizer.unk_id).mean())
+        unknown = float((target == data.tokenizer.unk_id).mean())
         text = f"({unknown:.2%} of them <unk>; no bits per byte, because the tokens do not say all of the text)"
-    if config.carry_state:
-        context = (
-            f"in one pass; windows of {config.window} without overlap, batch 1, state carried from each to the next"
+    protocol = f"{len(nll):,} tokens of the {config.split} split {text}, each scored once; {_context(tokens, config)}"
+    return Scores("text", nll, target, predicted, n_bytes, n_chars), protocol
+
+
+def _context(tokens: NDArray[np.int64], config: EvaluateConfig) -> str:
+    """Say in words what the model has read before each token that counts."""
+    if config.protocol == "carried":
+        return f"in one pass; windows of {config.window} without overlap, batch 1, state carried from each to the next"
+    if config.protocol == "blocks":
+        blocks, rest = divmod(len(tokens), config.window)
+        left_out = f"; the last {rest} tokens, less than a block, left out" if rest else ""
+        return (
+            f"{blocks:,} blocks of {config.window} without overlap, the first token of each not scored; state zero at "
+            f"each block's start, no token put before it{left_out}"
         )
-    else:
-        stride = min(config.stride, config.window)
-        context = (
-            f"window {config.window}, stride {stride}: at least {config.window - stride} tokens of context after the "
-            f"first window; state zero at each window's start"
-        )
-    protocol = f"{len(nll):,} tokens of the {config.split} split {text}, each scored once; {context}"
-    return Scores("text", nll, tokens[1:], predicted, n_bytes, n_chars), protocol
+    stride = min(config.stride, config.window)
+    return (
+        f"window {config.window}, stride {stride}: at least {config.window - stride} tokens of context after the first "
+        f"window; state zero at each window's start"
+    )
+
+
+def shuffle_words(text: str, seed: int = 0) -> str:
+    """Return ``text`` with its words in another order; the white space stays in its places, so no byte is lost."""
+    parts = re.split(r"(\s+)", text)
+    places = [place for place in range(0, len(parts), 2) if parts[place]]
+    order = places.copy()
+    random.Random(seed).shuffle(order)
+    shuffled = parts.copy()
+    for place, source in zip(places, order, strict=True):
+        shuffled[place] = parts[source]
+    return "".join(shuffled)
+
+
+def _score_shuffled(
+    model: SpikingLanguageModel, data: TextData, tokens: NDArray[np.int64], config: EvaluateConfig, plain: Scores
+) -> dict[str, float]:
+    """Score the text with its words in another order, which tells a model that predicts from one that has looked."""
+    text = data.tokenizer.decode(tokens)
+    shuffled = shuffle_words(text)
+    if shuffled == text:
+        raise DataError(f"the {config.split} split has no words that could change places")
+    mixed = data.tokenizer.encode(shuffled).astype(np.int64)
+    # Other tokens for the same words can be a few less, which must not cost the only block.
+    nll, _ = score_tokens(model, mixed, config.model_copy(update={"window": min(config.window, len(mixed))}))
+    return {"perplexity": float(np.exp(nll.mean())), "ratio": float(np.exp(nll.mean() - plain.nll.mean()))}
+
+
+def scored_positions(n: int, config: EvaluateConfig) -> NDArray[np.int64]:
+    """Return which of ``n`` tokens the protocol scores: all but the first, in blocks all but the first of each."""
+    if config.protocol == "blocks":
+        whole = np.arange(n // config.window * config.window)
+        return whole[whole % config.window > 0]
+    return np.arange(1, n)
 
 
 def score_tokens(
     model: SpikingLanguageModel, tokens: NDArray[np.int64], config: EvaluateConfig, activity: Activity | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Return the negative log-likelihood (nats) and the arg-max guess for each of ``tokens[1:]``.
+    """Return the negative log-likelihood (nats) and the arg-max guess for each token at :func:`scored_positions`.
 
     ``activity`` is told the spikes at each token that is counted.
     """
-    nll = np.empty(len(tokens) - 1)
-    predicted = np.empty(len(tokens) - 1, dtype=np.int64)
+    nll = np.empty(len(tokens))
+    predicted = np.empty(len(tokens), dtype=np.int64)
+    device = next(model.parameters()).device
+    vocab_size = getattr(model.config, "vocab_size", 1)
     state = None
     with evaluating(model):
         for starts, length, counted in _windows(len(tokens) - 1, config):
-            rows = np.stack([tokens[start : start + length + 1] for start in starts])
-            batch = torch.from_numpy(rows).to(next(model.parameters()).device)
-            output = model(batch[:, :-1], state, return_spikes=activity is not None)
-            if config.carry_state:
-                state = output.state
-            if activity is not None:
-                activity.add(output.spikes or {}, counted)
-            logits = output.logits[:, -counted:].float()
-            losses = F.cross_entropy(logits.transpose(1, 2), batch[:, -counted:], reduction="none")
-            for row, start in enumerate(starts):
-                where = slice(start + length - counted, start + length)
-                nll[where] = losses[row].double().cpu().numpy()
-                predicted[where] = logits[row].argmax(-1).cpu().numpy()
-    return nll, predicted
+            at_once = max(1, LOGITS_AT_ONCE // (length * vocab_size))
+            for part in (starts[first : first + at_once] for first in range(0, len(starts), at_once)):
+                batch = torch.from_numpy(np.stack([tokens[start : start + length + 1] for start in part])).to(device)
+                output = model(batch[:, :-1], state, return_spikes=activity is not None)
+                if config.protocol == "carried":
+                    state = output.state
+                if activity is not None:
+                    activity.add(output.spikes or {}, counted)
+                for start, logits, targets in zip(part, output.logits[:, -counted:], batch[:, -counted:], strict=True):
+                    where = slice(start + length + 1 - counted, start + length + 1)
+                    losses = F.cross_entropy(logits.float(), targets, reduction="none")
+                    nll[where] = losses.double().cpu().numpy()
+                    predicted[where] = logits.argmax(-1).cpu().numpy()
+    scored = scored_positions(len(tokens), config)
+    return nll[scored], predicted[scored]
 
 
 def _windows(n: int, config: EvaluateConfig) -> Iterator[tuple[list[int], int, int]]:
-    """Yield (starts, window length, predictions counted at the end of each), covering ``n`` predictions once."""
-    if config.carry_state:
+    """Yield (starts, window length, predictions counted at the end of each), covering the ``n`` predictions of a text.
+
+    Each is counted once, but for those of the first tokens of blocks and of the rest after the last block.
+    """
+    if config.protocol == "carried":
         for start in range(0, n, config.window):
             length = min(config.window, n - start)
             yield [start], length, length
+        return
+    if config.protocol == "blocks":
+        length = config.window - 1
+        starts = list(range(0, n - length + 1, config.window))
+        for first in range(0, len(starts), config.batch_size):
+            yield starts[first : first + config.batch_size], length, length
         return
     window, stride = min(config.window, n), min(config.stride, config.window)
     yield [0], window, window
@@ -287,6 +367,12 @@ def render(result: dict[str, Any]) -> RenderableType:
         table.add_row(name.replace("_", " "), f"{value:.4f}")
     if activity := result.get("activity"):
         table.add_row("activity (share of units with an event)", f"{activity['mean']:.4f}")
+    if shuffled := result.get("shuffled"):
+        table.add_row("perplexity with the words shuffled", f"{shuffled['perplexity']:.4f}")
+        table.add_row(
+            "  times as high" if shuffled["ratio"] >= SUSPICIOUS_RATIO else "  [yellow]hardly higher: times as high",
+            f"{shuffled['ratio']:.4f}",
+        )
     for name, value in result.get("baselines", {}).items():
         table.add_row(f"[dim]baseline: {name}, {result['baseline_unit']}", f"[dim]{value:.4f}")
     return table

@@ -98,18 +98,40 @@ class PruneConfig(StrictModel):
 
 
 class EvaluateConfig(StrictModel):
-    """The evaluation stage: a window slides over the text, and only tokens with enough context are scored."""
+    """The evaluation stage: which tokens of a text are scored, and what the model has read before each of them."""
 
     split: Literal["valid", "test"] = "test"
+    protocol: Literal["sliding", "carried", "blocks"] = "sliding"
+    """sliding: a window slides by ``stride``, and only tokens with enough context are scored, each token once. carried:
+    the text in one pass, windows one after the other, the state carried; batch 1. blocks: whole windows one after the
+    other, each from a fresh state; the first token of each is not scored, and a last one that is not full is left out.
+    """
     window: int = Field(default=1024, gt=0)
     stride: int = Field(default=512, gt=0)
+    """sliding only."""
     batch_size: int = Field(default=8, gt=0)
+    """Windows scored at once, at most."""
     max_tokens: int | None = Field(default=None, gt=0)
     """Score only the first so many tokens of the split."""
-    carry_state: bool = False
-    """Read the text in one pass instead, windows one after the other, the state carried; no ``stride``, batch 1."""
+    shuffled: bool = False
+    """Also score the text with its words in another order, which a model that cannot look ahead must find harder."""
     metrics: list[str] | None = None
     """Registry names; None computes every metric that applies."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _runs_made_before_there_were_protocols(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("carry_state"), bool) and "protocol" not in values:
+            carried = values["carry_state"]
+            rest = {key: value for key, value in values.items() if key != "carry_state"}
+            return {"protocol": "carried" if carried else "sliding", **rest}
+        return values
+
+    @model_validator(mode="after")
+    def _blocks_score_something(self) -> EvaluateConfig:
+        if self.protocol == "blocks" and self.window < 2:
+            raise ValueError("a block needs a window of at least 2 tokens: its first one is not scored")
+        return self
 
 
 class GenerateConfig(StrictModel):

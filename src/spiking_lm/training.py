@@ -125,7 +125,7 @@ class NextToken(Objective):
         if self.stream is None:
             protocol = EvaluateConfig(window=2 * length, stride=length)
         else:
-            protocol = EvaluateConfig(window=length, carry_state=True)
+            protocol = EvaluateConfig(window=length, protocol="carried")
         nll, _ = score_tokens(model, tokens, protocol)
         loss = float(nll.mean())
         return {"loss": loss, **self._in_words(loss, split.n_bytes / len(split.tokens))}

@@ -59,7 +59,7 @@ def test_settings_are_the_published_ones(name: str) -> None:
     assert dropouts == [table["dropout_emb"], 0.1, 0.25, 0.7, 0.5]
     assert (model["thr_mean"], model["dampening_factor"], model["pseudo_derivative_support"]) == (0.01, 3.6, 3.6)
     assert (model["threshold_lr"], model["state_carry"]) == (0.0, "y_only"), "frozen thresholds, states that begin anew"
-    assert (recipe.evaluate.window, recipe.evaluate.carry_state, recipe.evaluate.split) == (70, True, "test")
+    assert (recipe.evaluate.window, recipe.evaluate.protocol, recipe.evaluate.split) == (70, "carried", "test")
 
     windows = (table["tokens"] // table["batch_size"] - 1) / (0.95 * 69.5 + 0.05 * 34.5)
     assert train.steps == pytest.approx(windows * table["passes"], rel=0.002)
