@@ -65,6 +65,9 @@ def make_optimizer(model: SpikingLanguageModel, config: OptimizerConfig) -> torc
 class Objective(ABC):
     """What is trained: the loss of one micro-batch, and the score on held-out data."""
 
+    unit = "tok"
+    """What is counted per second."""
+
     @abstractmethod
     def loss(self, model: SpikingLanguageModel, index: int, *, record: bool) -> tuple[Tensor, LMOutput | None, int]:
         """Return the mean loss of micro-batch ``index``, the model's output if there is one, and its token count."""
@@ -203,6 +206,8 @@ class Labels(Objective):
 class Clips(Labels):
     """Classification of clips of events: one pass gives the scores, the spikes and the auxiliary losses."""
 
+    unit = "frames"
+
     def score(
         self, model: SpikingLanguageModel, inputs: Tensor, lengths: Tensor, *, record: bool
     ) -> tuple[Tensor, LMOutput | None]:
@@ -255,7 +260,8 @@ def train(
         return save_checkpoint(run.path, step, model, state, tokenizer=data.tokenizer, keep=config.keep)
 
     watch = _NeuronWatch(console, quiet_until=max(config.schedule.warmup, config.steps // 20))
-    with _threads(threads), _interruptible() as interrupted, _progress(console, config.steps, start) as progress:
+    display = _progress(console, config.steps, start, objective.unit)
+    with _threads(threads), _interruptible() as interrupted, display as progress:
         for step in range(start, config.steps):
             tick = time.perf_counter()
             last = step + 1 == config.steps
@@ -406,8 +412,8 @@ def _interruptible() -> Iterator[threading.Event]:
 class _Display:
     """The live line of training; plain lines now and then where there is no terminal."""
 
-    def __init__(self, console: Console, steps: int, start: int) -> None:
-        self.console, self.steps = console, steps
+    def __init__(self, console: Console, steps: int, start: int, unit: str) -> None:
+        self.console, self.steps, self.unit = console, steps, unit
         self.bar = Progress(
             TextColumn("training"),
             BarColumn(bar_width=24),
@@ -432,15 +438,15 @@ class _Display:
             self.rate = sum(facts["rates"].values()) / len(facts["rates"])
         firing = "" if math.isnan(self.rate) else f"  firing {self.rate:.2f}"
         pruned = f"  pruned {facts['sparsity']:.0%}" if "sparsity" in facts else ""
-        words = f"{name} {self.smooth:.3f}  {self.speed:,.0f} tok/s{firing}{pruned}  lr {facts['lr']:.1e}"
+        words = f"{name} {self.smooth:.3f}  {self.speed:,.0f} {self.unit}/s{firing}{pruned}  lr {facts['lr']:.1e}"
         self.bar.update(self.task, completed=facts["step"], facts=words)
         if not self.console.is_terminal and facts["step"] % max(1, self.steps // 20) == 0:
             self.console.print(f"step {facts['step']:>6,}/{self.steps:,}  {words}", highlight=False)
 
 
 @contextmanager
-def _progress(console: Console, steps: int, start: int) -> Iterator[_Display]:
-    display = _Display(console, steps, start)
+def _progress(console: Console, steps: int, start: int, unit: str) -> Iterator[_Display]:
+    display = _Display(console, steps, start, unit)
     if not console.is_terminal:
         yield display
         return

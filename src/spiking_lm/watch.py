@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -217,6 +218,8 @@ class Watch:
                 hint="call the module itself, or return what its matrix read, so that it can be counted",
             )
         without = [name for name in self._neurons if name not in self.membranes]
+        if len(without) > 4:  # of many layers, each kind once
+            without = list(dict.fromkeys(re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in without))
         if without:
             self.notes.append(f"membrane updates leave out sites without a membrane to watch: {', '.join(without)}")
 
