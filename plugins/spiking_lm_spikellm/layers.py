@@ -122,7 +122,8 @@ class SpikingLinear(nn.Module):
         ``stored`` are the tensors of a state dict below this module.
         """
         packed = {_unprefixed(name): torch.empty_like(t) for name, t in stored.items() if name.startswith(_PREFIX)}
-        if packed and not self.weights.off:
+        needed = {"scale", "codes", "zero"} if self.weights.type == "uniform" else {"scale"}
+        if not self.weights.off and packed.keys() >= needed:  # else loading says what is missing
             self._make_room(packed)
 
     def _make_room(self, tensors: Mapping[str, Tensor]) -> None:
