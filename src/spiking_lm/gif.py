@@ -266,14 +266,16 @@ def grids(between: tuple[Tensor, Tensor], scheme: ActivationScheme, salient: Ten
     """
     least, greatest = between
     span = greatest - least
-    # Where all is one value c, the scale is |c|, which c is exactly once.
-    floor = torch.where(span > 0, SCALE_FLOOR, least.abs().clamp_min_(torch.finfo(least.dtype).tiny))
     top: Tensor | int
     if salient is None:
         top = levels(scheme)
     else:
         top = _tops(levels(scheme), levels(scheme, salient=True), least.dtype, least.device)
-    scale = torch.maximum(span / top, floor)
+    scale = (span / top).clamp_min_(SCALE_FLOOR)
+    if (
+        span.device.type != "cpu" or not span.all()
+    ):  # where all is one value c, the scale is |c|, which c is exactly once
+        scale = torch.where(span > 0, scale, least.abs().clamp_min_(torch.finfo(least.dtype).tiny))
     low = (least / scale).round_()
     high = low + top
     if salient is None:
