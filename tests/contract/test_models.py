@@ -186,6 +186,10 @@ class TestSpikeLLMUnsigned(SpikingLlamaContract):
     }
 
 
+class TestSpikeLLMRotated(SpikingLlamaContract):
+    changes: ClassVar = {**W4A4, "rotation": True, "n_kv_head": 2}
+
+
 class TestSpikeLLMTernary(SpikingLlamaContract):
     """Weights that only add, biases, and spikes one by one."""
 
