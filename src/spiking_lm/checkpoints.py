@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 import spiking_lm
 from spiking_lm import registry
-from spiking_lm.config import StrictModel, parse_config
+from spiking_lm.config import ModelConfig, StrictModel, parse_config
 from spiking_lm.errors import CheckpointError, ConfigError, PluginError, UnknownNameError, UsageError
 from spiking_lm.files import atomic_write, remove
 from spiking_lm.interfaces import SpikingLanguageModel
@@ -93,6 +94,20 @@ def load_model(path: str | os.PathLike[str], *, verify: bool = True) -> SpikingL
     if verify:
         verify_folder(folder)
     return _read_model(folder).eval()
+
+
+def filled_model(
+    config: ModelConfig, tensors: Mapping[str, Tensor], aliases: Mapping[str, str] | None = None
+) -> SpikingLanguageModel:
+    """Build a model around tensors, given by the names of its state dict, without drawing weights first.
+
+    ``aliases``: names that are the same tensor as another. Dtypes are those of ``tensors``.
+    Raises: CheckpointError naming the tensors that are missing, too many or of another shape.
+    """
+    with torch.random.fork_rng(devices=[]), _NoRandomFills():
+        model = spiking_lm.create_model(config.model_type, **config.model_dump(mode="json"))
+    _fill(model, dict(tensors), dict(aliases or {}), f"a {config.model_type} model")
+    return model.eval()
 
 
 def save_checkpoint(
@@ -342,7 +357,7 @@ class _NoRandomFills(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _fill(model: SpikingLanguageModel, saved: dict[str, Tensor], aliases: dict[str, str], where: Path) -> None:
+def _fill(model: SpikingLanguageModel, saved: dict[str, Tensor], aliases: dict[str, str], where: Path | str) -> None:
     """Put the saved tensors, dtype included, into the model, and tie again what was tied."""
     stored = {name: saved[source] for name, source in aliases.items() if source in saved} | saved
     model.expect(stored)

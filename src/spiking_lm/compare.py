@@ -20,7 +20,7 @@ from spiking_lm.bench import interleaved, threads
 from spiking_lm.errors import DataError, InterruptedRunError, RecipeError
 from spiking_lm.generation import evaluating
 from spiking_lm.interfaces import LMOutput, Neuron, SpikingLanguageModel, State
-from spiking_lm.preparation import build_model, load_data, sample_tokens
+from spiking_lm.preparation import build_model, data_of, sample_tokens
 from spiking_lm.recipe import Recipe, variants
 from spiking_lm.rundir import RunDir, read_json
 from spiking_lm.runs import run_recipe
@@ -66,7 +66,7 @@ def build_variants(
     for name, variant in variants(recipe).items():
         own_data = variant.data != recipe.data
         with torch.random.fork_rng(devices=[]):
-            built = build_model(variant, load_data(variant.data, console) if own_data else data)
+            built = build_model(variant, data_of(variant, console) if own_data else data)
         if recipe.compare.spikes:
             _give_weights(model, built, f"recipe {recipe.name}: compare.variants.{name}", own_data=own_data)
         yield name, built

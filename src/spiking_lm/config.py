@@ -107,6 +107,13 @@ class BackendConfig(StrictModel):
     """Tokens of the evaluation split that a recipe runs the program on."""
 
 
+class ConverterConfig(StrictModel):
+    """Base of converters' options in a recipe; subclasses add what they do to the model."""
+
+    source: str | None = None
+    """The file or folder of another tool. A recipe that is made for any model leaves it out; a run needs it."""
+
+
 class DatasetConfig(StrictModel):
     """Base of dataset configurations; subclasses add e.g. ``path``."""
 

@@ -13,12 +13,13 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -29,7 +30,10 @@ from spiking_lm.errors import DataError, SpikingLMError, UsageError
 from spiking_lm.files import atomic_write, sha256_file
 from spiking_lm.interfaces import SpikingLanguageModel
 from spiking_lm.models import export_reference, import_reference
+from spiking_lm.recipe import load_recipe
 from spiking_lm.records import ConverterSpec
+from spiking_lm.rundir import RunDir
+from spiking_lm.runs import run_recipe
 from spiking_lm.sealed import SUMS
 
 log = logging.getLogger(__name__)
@@ -100,6 +104,30 @@ def convert(
     save_model(model, out, tokenizer=stored)
     equal, compared = _count_equal(tensors, load_model(out))
     return _conversion(source, out, out / WEIGHTS, model, equal, compared)
+
+
+def convert_by_recipe(
+    source: Path, out: Path, recipe: str, settings: Sequence[str] = (), *, to: str | None = None, console: Console
+) -> RunDir:
+    """Run a recipe that converts ``source``, and leave the model as the folder ``out``; return the run.
+
+    ``settings`` are overrides, ``path.to.field=value``. The run lies in ``./runs``; one of the very same recipe and
+    source that was interrupted is gone on with.
+    Raises: UsageError when ``out`` exists or the recipe converts nothing, and whatever a run raises.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UsageError(f"{out} exists already", hint="choose another name, or remove it")
+    if not source.exists():
+        raise DataError(f"{source}: no such file or folder")
+    overrides = [*settings, f"convert.source={json.dumps(str(source.resolve()))}"]
+    kind = (load_recipe(recipe).convert or {}).get("type")
+    if kind is None or to not in (None, kind):
+        what = "converts nothing" if kind is None else f"converts to {kind}, not to {to}"
+        raise UsageError(f"the recipe {recipe} {what}", hint="'spiking-lm recipes ls' lists them")
+    run = run_recipe(recipe, overrides, resume="auto", console=console)
+    model = resolve_model(run.path)
+    save_model(load_model(model), out, tokenizer=model / TOKENIZER)
+    return run
 
 
 def read_tensors(source: Path) -> dict[str, Tensor]:

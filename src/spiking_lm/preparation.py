@@ -2,16 +2,58 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spiking_lm import registry
+from spiking_lm.config import ConverterConfig, parse_config
 from spiking_lm.errors import RecipeError, UsageError
 from spiking_lm.recipe import Recipe, split_choice
+from spiking_lm.registry import Registered
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from spiking_lm.data import ClipData, LabelledData, TextData
     from spiking_lm.interfaces import SpikingLanguageModel
+
+
+def data_of(recipe: Recipe, console: Console) -> TextData | LabelledData | ClipData:
+    """Load the data of a recipe; the tokens of one that converts a model are those of that model.
+
+    Raises: what :func:`load_data` raises; RecipeError when the recipe does not say which model.
+    """
+    if recipe.convert is None:
+        return load_data(recipe.data, console)
+    with tempfile.TemporaryDirectory(prefix="spiking-lm-") as folder:
+        file = Path(folder) / "tokenizer.json"
+        converter(recipe).load("tokenizer")(source_of(recipe)).save(file)
+        return load_data({**recipe.data, "tokenizer": {"type": "file", "path": str(file)}}, console)
+
+
+def converter(recipe: Recipe) -> Registered:
+    """Return what the convert stage of a recipe names."""
+    assert recipe.convert is not None
+    return registry.get("converters", recipe.convert["type"])
+
+
+def converter_options(recipe: Recipe) -> ConverterConfig:
+    """Return the options of the convert stage of a recipe."""
+    assert recipe.convert is not None
+    cls: type[ConverterConfig] = converter(recipe).load("config")
+    return parse_config(cls, split_choice(recipe.convert)[1], where=f"recipe {recipe.name}: convert")
+
+
+def source_of(recipe: Recipe) -> Path:
+    """Return the path of what a recipe converts. Raises: RecipeError when it says none, or one that is not there."""
+    source = converter_options(recipe).source
+    if source is None:
+        raise RecipeError(f"recipe {recipe.name}: convert.source is not set", hint="add --set convert.source=MODEL_DIR")
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise RecipeError(f"recipe {recipe.name}: convert.source: {source!r}: no such file or folder")
+    return path
 
 
 def load_data(config: dict[str, Any], console: Console) -> TextData | LabelledData | ClipData:

@@ -37,6 +37,7 @@ _SLOTS = {
     ("data", "tokenizer"): "tokenizers",
     ("model",): "models",
     ("model", "neuron"): "neurons",
+    ("convert",): "converters",
     ("deploy",): "backends",
 }
 """Where a recipe names something registered: ``type`` chooses it, and its configuration class checks the other keys."""
@@ -50,7 +51,10 @@ def _choice(path: tuple[str, ...]) -> str:
 _FROM_DATA: dict[str, Any] = {"vocab_size": 2, "num_classes": 2, "frame_shape": (2, 2, 2)}
 """Fields of a model that the data decides when the recipe leaves them out, and what stands in for them till then."""
 
-_TEXT_STAGES = ("prune", "generate", "explain", "deploy")
+SOURCE_TOKENIZER = {"type": "source"}
+"""The tokenizer of a recipe that converts a model: the one that lies beside the model's weights."""
+
+_TEXT_STAGES = ("convert", "prune", "generate", "explain", "deploy")
 """Stages that work on tokens, so that clips cannot have them."""
 
 _OF_THIS_RUN = ("prune", "generate", "deploy", "report")
@@ -68,8 +72,11 @@ class Recipe(StrictModel):
     seed: int = Field(default=0, ge=0)
     data: dict[str, Any]
     """``type`` names a dataset; the rest is its configuration, with ``tokenizer: {type: ...}`` beside it."""
-    model: dict[str, Any]
+    model: dict[str, Any] = Field(default={})
     """``type`` names a model; the rest is its configuration. ``vocab_size`` comes from the tokenizer."""
+    convert: dict[str, Any] | None = None
+    """In place of ``model`` and ``train``: ``type`` names a converter, ``source`` what it reads; the rest are options.
+    The tokenizer of the source is that of the data."""
     train: TrainConfig | None = None
     prune: PruneConfig | None = None
     evaluate: EvaluateConfig | None = None
@@ -119,7 +126,11 @@ def resolve(document: dict[str, Any], overrides: Overrides = (), *, where: str =
         raise RecipeError(f"{where}: prune goes on with training, and there is none", hint="add the stage train")
     for metric in (recipe.evaluate.metrics if recipe.evaluate else None) or ():
         registry.get("metrics", metric)
-    checked = {"data": _check_data(recipe.data, where), "model": _check_model(recipe.model, where)}
+    if recipe.convert is None:
+        checked = {"data": _check_data(recipe.data, where), "model": _check_model(recipe.model, where)}
+    else:
+        checked = _check_conversion(recipe, where)
+        recipe = recipe.model_copy(update=checked)
     if recipe.deploy is not None:
         checked["deploy"] = _check_slot(("deploy",), recipe.deploy, where)
     _check_task(recipe, where)
@@ -199,7 +210,7 @@ def json_schema() -> dict[str, Any]:
         slots_below = {below[-1]: other for below, other in _SLOTS.items() if below[:-1] == path}
         options = []
         for name, entry in registry.all(kind).items():
-            if entry.missing():
+            if entry.missing() or not _has_options(entry):
                 continue
             option = entry.load("config").model_json_schema()
             definitions.update(option.pop("$defs", {}))
@@ -290,7 +301,7 @@ def _describe(name: str, entry: registry.Registered) -> RecipeInfo:
     return dataclasses.replace(
         info,
         description=str(document.get("description", "")),
-        model=str(_at(document, ("model", "type")) or ""),
+        model=str(_at(document, ("model", "type")) or _at(document, ("convert", "type")) or ""),
         data=str(_at(document, ("data", "type")) or ""),
         stages=tuple(stage for stage in STAGES if document.get(stage) is not None),
         extras=tuple(extras),
@@ -360,13 +371,27 @@ def _check_model(model: dict[str, Any], where: str) -> dict[str, Any]:
     return checked
 
 
+def _check_conversion(recipe: Recipe, where: str) -> dict[str, Any]:
+    """Return what a recipe says that converts a model: the converter's options, and what follows from them."""
+    if recipe.train is not None:
+        raise RecipeError(f"{where}: convert and train both make a model", hint="leave one of them out")
+    convert = _check_slot(("convert",), recipe.convert, where)
+    model = {"type": convert["type"]}
+    if recipe.model not in ({}, model):
+        raise RecipeError(f"{where}: model: it follows from convert", hint="leave it out; options stand in convert")
+    if recipe.data.get("tokenizer", SOURCE_TOKENIZER) != SOURCE_TOKENIZER:
+        raise RecipeError(f"{where}: data.tokenizer: a converted model brings its own", hint="leave it out")
+    data = _check_data({**recipe.data, "tokenizer": {"type": "byte"}}, where)
+    return {"convert": convert, "model": model, "data": {**data, "tokenizer": SOURCE_TOKENIZER}}
+
+
 def _check_slot(path: tuple[str, ...], values: Any, where: str) -> dict[str, Any]:
     """Return ``values`` completed with the defaults of the configuration class that its ``type`` names."""
     where, choice = f"{where}: {'.'.join(path)}", _choice(path)
     if not isinstance(values, dict):
         raise RecipeError(f"{where}: expected a mapping with a {choice!r}, got {values!r}")
     if not isinstance(values.get(choice), str):
-        known = ", ".join(registry.all(_SLOTS[path]))
+        known = ", ".join(name for name, entry in registry.all(_SLOTS[path]).items() if _has_options(entry))
         raise RecipeError(f"{where}: the field {choice!r} is missing", hint=f"choose one of: {known}")
     name, rest = split_choice(values, choice)
     cls = _config_class(_SLOTS[path], name, where)
@@ -378,14 +403,25 @@ def _check_slot(path: tuple[str, ...], values: Any, where: str) -> dict[str, Any
 
 def _config_class(kind: str, name: str, where: str) -> type[StrictModel]:
     try:
-        cls: type[StrictModel] = registry.get(kind, name).load("config")
+        entry = registry.get(kind, name)
     except UnknownNameError as error:
         error.message = f"{where}.type: {error.message}"
         if "." in name or ":" in name:
             error.hint = f"{error.hint}. A type is a registered name; dotted paths are never imported"
         error.args = (error.message,)
         raise
+    if not _has_options(entry):
+        raise RecipeError(
+            f"{where}: the converter {name!r} reads whole models, and has no stage in a recipe",
+            hint="use it as spiking-lm convert SOURCE OUT",
+        )
+    cls: type[StrictModel] = entry.load("config")
     return cls
+
+
+def _has_options(entry: registry.Registered) -> bool:
+    """Say whether a registered thing can stand in a recipe: a converter of single files cannot."""
+    return entry.spec.config is not None
 
 
 # -- overriding -------------------------------------------------------------------------------------------------------

@@ -161,11 +161,17 @@ class ConverterSpec(Record):
     """
 
     kind = "converters"
-    targets = ("sniff", "convert", "tokenizer")
+    targets = ("sniff", "convert", "tokenizer", "config", "calibrate")
     sniff: str
     convert: str
     tokenizer: str | None = None
     """``f(path) -> spiking_lm.data.Tokenizer``: the one that lies beside the weights; None where there never is one."""
+    config: str | None = None
+    """A :class:`spiking_lm.config.ConverterConfig` subclass, for a converter that can be the stage of a recipe; its
+    name is then that of the model which it makes."""
+    calibrate: str | None = None
+    """With ``config``: ``f(config, data, work, *, seed, console) -> (model, report)``. The training part of ``data`` is
+    what may be looked at, ``work`` a folder for what an interrupted conversion goes on from, ``report`` JSON-able."""
 
 
 @dataclass(frozen=True, kw_only=True)

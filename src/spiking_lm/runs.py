@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spiking_lm.errors import DataError, InterruptedRunError, MissingExtraError, SpikingLMError, UsageError
-from spiking_lm.files import atomic_write
+from spiking_lm.files import atomic_write, remove
 from spiking_lm.manifest import describe_environment
-from spiking_lm.preparation import build_model, load_data, sample_tokens
+from spiking_lm.preparation import build_model, converter, converter_options, data_of, sample_tokens, source_of
 from spiking_lm.recipe import Overrides, Recipe, load_recipe
 from spiking_lm.rundir import RunDir, Status, now
 
@@ -76,13 +76,12 @@ def _unfinished(recipe: Recipe, out: Path) -> RunDir | None:
 def plan(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
     """Load the data and build the model of a recipe; say how large they are, and change nothing on disk."""
     _check_extras(recipe)
-    data = load_data(recipe.data, console or _stderr())
+    data = data_of(recipe, console or _stderr())
+    facts: dict[str, Any] = {"recipe": recipe.name, "data": data.describe()}
+    if recipe.convert is not None:
+        return {**facts, "source": str(source_of(recipe))}
     model = build_model(recipe, data)
-    facts: dict[str, Any] = {
-        "recipe": recipe.name,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "data": data.describe(),
-    }
+    facts["parameters"] = sum(p.numel() for p in model.parameters())
     if recipe.train is not None:
         per_step = recipe.train.batch_size * recipe.train.accumulate
         if hasattr(data.train, "tokens"):
@@ -174,7 +173,7 @@ class _Stages:
         from spiking_lm.checkpoints import latest_checkpoint, load_model
 
         run, recipe = self.run, self.recipe
-        self.data = load_data(recipe.data, self.console)
+        self.data = data_of(recipe, self.console)
         before = run.manifest.get("data")
         if before is not None and before["sha256"] != self.data.sha256:
             hashes = f"SHA-256 {self.data.sha256[:12]}..., was {before['sha256'][:12]}..."
@@ -186,33 +185,23 @@ class _Stages:
         self.step = _step_of(checkpoint) if checkpoint else 0
         done = run.manifest["stages"]
         lost = [stage for stage, steps in _steps_after(recipe).items() if stage in done and self.step < steps]
+        if "convert" in done and checkpoint is None:
+            lost.append("convert")
         if lost:
-            run.log(f"the trained model is lost; training again from step {self.step}")
+            again = "converting" if "convert" in lost else "training"
+            run.log(f"the trained model is lost; {again} again from step {self.step}")
             run.update_manifest(stages={name: facts for name, facts in done.items() if name not in lost})
-        if "train" in run.manifest["stages"] and checkpoint is not None:
-            self.model = load_model(checkpoint)
-        else:
-            self.model = build_model(recipe, self.data)
-        parameters = sum(p.numel() for p in self.model.parameters())
-        run.update_manifest(
-            data={"sha256": self.data.sha256, **self.data.describe()},
-            model={"type": recipe.model["type"], "parameters": parameters},
-        )
+        run.update_manifest(data={"sha256": self.data.sha256, **self.data.describe()})
         self.resume_from = checkpoint
-        if recipe.prune is not None:
-            from spiking_lm.pruning import prunable
-
-            prunable(self.model, recipe.prune.parameters)  # a pattern that fits nothing says so before training
-        if recipe.deploy is not None and "deploy" not in run.manifest["stages"]:
-            from spiking_lm.hardware import check_model
-
-            check_model(self.model, recipe.deploy["backend"])
-        if recipe.compare is not None and not run.manifest["stages"]:
-            from spiking_lm.compare import build_variants
-
-            for _ in build_variants(recipe, self.model, self.data, self.console):
-                pass  # one that cannot be built, or not take this run's weights, says so now, before hours of training
+        if {"convert", "train"} & run.manifest["stages"].keys() and checkpoint is not None:
+            self.model = load_model(checkpoint)
+        elif recipe.convert is None:
+            self.model = build_model(recipe, self.data)
+        if recipe.convert is None:
+            self._note_model()
+            self._check_later_stages()
         stages: dict[str, Callable[[], None]] = {
+            "convert": self.convert,
             "train": self.train,
             "prune": self.prune,
             "evaluate": self.evaluate,
@@ -226,6 +215,42 @@ class _Stages:
             if getattr(recipe, name) is not None and name not in run.manifest["stages"]:
                 with _timed(run, name):
                     stage()
+
+    def _note_model(self) -> None:
+        parameters = sum(p.numel() for p in self.model.parameters())
+        self.run.update_manifest(model={"type": self.recipe.model["type"], "parameters": parameters})
+
+    def _check_later_stages(self) -> None:
+        """Say what a later stage will refuse before hours are spent on the model."""
+        recipe, stages = self.recipe, self.run.manifest["stages"]
+        if recipe.prune is not None:
+            from spiking_lm.pruning import prunable
+
+            prunable(self.model, recipe.prune.parameters)  # a pattern that fits nothing
+        if recipe.deploy is not None and "deploy" not in stages:
+            from spiking_lm.hardware import check_model
+
+            check_model(self.model, recipe.deploy["backend"])
+        if recipe.compare is not None and not stages:
+            from spiking_lm.compare import build_variants
+
+            for _ in build_variants(recipe, self.model, self.data, self.console):
+                pass  # one that cannot be built, or not take this run's weights
+
+    def convert(self) -> None:
+        from spiking_lm.checkpoints import load_model, save_checkpoint
+        from spiking_lm.report.tables import conversion_tables
+
+        recipe, work = self.recipe, self.run.path / "conversion"
+        model, report = converter(recipe).load("calibrate")(
+            converter_options(recipe), self.data, work, seed=recipe.seed, console=self.console
+        )
+        self.run.write_json("conversion.json", report)
+        self.model = load_model(save_checkpoint(self.run.path, 0, model, {}, tokenizer=self.data.tokenizer))
+        self._note_model()
+        if work.exists():
+            remove(work)
+        self.console.print(conversion_tables(report))
 
     def train(self) -> None:
         from spiking_lm.training import train

@@ -12,7 +12,7 @@ from spiking_lm.config import StrictModel
 SAFE_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
 """One part of a recipe's or a variant's name."""
 
-STAGES = ("train", "prune", "evaluate", "generate", "explain", "deploy", "compare", "report")
+STAGES = ("convert", "train", "prune", "evaluate", "generate", "explain", "deploy", "compare", "report")
 """The stages that a recipe may have or lack, in the order in which they run."""
 
 

@@ -27,7 +27,7 @@ def cli_page(root: Path) -> str:
 def test_the_recipe_of_the_page_is_valid_and_has_every_stage(recipes_page: str, tmp_path: Path) -> None:
     whole, _, extending = re.findall(r"```yaml\n(.*?)```", recipes_page, re.DOTALL)
     recipe = resolve(safeyaml.parse(whole, where="docs/recipes.md"))
-    assert all(getattr(recipe, stage) is not None for stage in STAGES)
+    assert [stage for stage in STAGES if getattr(recipe, stage) is None] == ["convert"]  # it stands instead of train
     (tmp_path / "longer.yaml").write_text(extending, encoding="utf-8")
     assert load_recipe(tmp_path / "longer.yaml").report is None
 

@@ -279,7 +279,7 @@ def test_a_model_without_neurons_has_no_step_of_its_own(tiny: Path) -> None:
         tiny, {"model.spiking": False, "compare.spikes": True, "compare.variants": {"same": {"train.steps": 1}}}
     )
     console = Console(file=io.StringIO())
-    data = runs.load_data(recipe.data, console)
+    data = runs.data_of(recipe, console)
     found = stage.compare_spikes(recipe, runs.build_model(recipe, data), data, console)
     assert [row["step"] for row in found["runs"]] == [None, None]
     assert found["spikes"] == 0

@@ -17,8 +17,14 @@ def command(
     tokenizer: Path | None = typer.Option(
         None, "--tokenizer", metavar="FILE", help="Store this tokenizer.json or character vocabulary with the model."
     ),
+    recipe: str | None = typer.Option(
+        None, "--recipe", metavar="RECIPE", help="Convert as the recipe's convert stage says, with its evaluation."
+    ),
     settings: list[str] = typer.Option(
-        [], "--set", metavar="FIELD=VALUE", help="Set what the file does not tell, e.g. ctx_len=1024. May be repeated."
+        [],
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Set what the file does not tell, e.g. ctx_len=1024; of a recipe any field. May be repeated.",
     ),
     json: bool = typer.Option(False, "--json", help="Print the result as JSON."),
 ) -> None:
@@ -26,10 +32,16 @@ def command(
 
     Nothing in SOURCE is executed: a file that holds more than tensors is refused. The result is read back and compared.
     With --to reference, SOURCE is a model of ours and OUT a .pth or .safetensors file in its paper's keys.
+
+    With --recipe the model is also changed: calibrated on text, quantised, evaluated. The run is kept in ./runs; the
+    same command goes on with one that was interrupted.
     """
     from spiking_lm.cli import _output
     from spiking_lm.convert import convert
 
+    if recipe is not None:
+        _by_recipe(source, out, recipe, settings, to=to, tokenizer=tokenizer, as_json=json)
+        return
     done = convert(source, out, to=to, tokenizer=tokenizer, options=read_settings(settings))
     if json:
         _output.print_json(vars(done))
@@ -42,6 +54,30 @@ def command(
     print_(f"  written     sha256 {done.sha256}")
     if done.compared is not None:
         print_(f"  read back   {done.equal} of {done.compared} tensors equal the source's, bit for bit")
+
+
+def _by_recipe(
+    source: Path,
+    out: Path,
+    recipe: str,
+    settings: list[str],
+    *,
+    to: str | None,
+    tokenizer: Path | None,
+    as_json: bool,
+) -> None:
+    from spiking_lm.cli import _output
+    from spiking_lm.convert import convert_by_recipe
+    from spiking_lm.errors import UsageError
+    from spiking_lm.rundir import read_json
+
+    if tokenizer is not None:
+        raise UsageError("--tokenizer: a recipe takes the tokenizer of the source", hint="leave out --tokenizer")
+    run = convert_by_recipe(source, out, recipe, settings, to=to, console=_output.errors)
+    if as_json:
+        _output.print_json({"out": str(out), "run": str(run.path), **read_json(run.path / "conversion.json")})
+        return
+    _output.console.print(f"{source} -> {out}\n  run         {run.path}", highlight=False, soft_wrap=True)
 
 
 def read_settings(settings: list[str]) -> dict[str, Any]:

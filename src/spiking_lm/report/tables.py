@@ -430,3 +430,34 @@ def _grid(title: str, grid: Grid) -> Table:
     for row in rows:
         table.add_row(*map(Text, row))  # as it is: brackets are no markup
     return table
+
+
+def conversion_tables(report: Row) -> RenderableType:
+    """Return the tables of a conversion: what was done, and per kind of matrix what it came to."""
+    facts = Table(title=f"converted from {report['source']}", title_justify="left", box=box.SIMPLE, show_header=False)
+    for name, value in report["summary"].items():
+        facts.add_row(name, str(value))
+    head, rows = conversion_grid(report)
+    table = Table(title="Matrices (means over the blocks)", title_justify="left", box=box.SIMPLE_HEAD)
+    for name in head:
+        table.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left")
+    for row in rows:
+        table.add_row(*row)
+    notes = [Text(f"Note: {note}.", style="dim") for note in report["notes"]]
+    return Group(facts, table, *notes)
+
+
+def conversion_grid(report: Row) -> tuple[list[str], list[list[str]]]:
+    """Return heads (">" before a right-aligned one) and rows: a row per kind of matrix, averaged over the blocks."""
+
+    def mean(group: Sequence[Row], field: str) -> float | None:
+        values = [row[field] for row in group if row[field] is not None]
+        return sum(values) / len(values) if values else None
+
+    heads = ["matrix", ">bits per weight", ">salient inputs", ">error, nearest", ">error", ">zero weights"]
+    rows = []
+    for group in group_layers(report["layers"]):
+        bits = mean(group, "bits_per_weight")
+        shares = [percent(mean(group, field)) for field in ("salient", "error_nearest", "error", "zeros")]
+        rows.append([name_of_group(group), "–" if bits is None else f"{bits:.2f}", *shares])
+    return heads, rows

@@ -1,0 +1,498 @@
+"""A float Llama-family model becomes a spiking one, block by block, with one block in memory.
+
+The calibration text streams through the model as hidden states on disk. A block is rotated, its salient channels are
+chosen on its float form, what omni learns is learnt, and its matrices are rounded in the order in which text meets
+them, each on what the matrices before it return in few bits. A finished block is a file, so that an interrupted
+conversion goes on with the next one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from spiking_lm.checkpoints import filled_model
+from spiking_lm.config import parse_config
+from spiking_lm.data import TextData
+from spiking_lm.errors import DataError, SpikingLMError
+from spiking_lm.files import atomic_write, remove
+from spiking_lm.gif import calibrate_scale
+from spiking_lm.quantization import QuantizedWeight, round_to_nearest
+from spiking_lm.schemes import OFF, ActivationScheme, CacheScheme, WeightScheme
+from spiking_lm_spikellm.config import SpikeLLMConfig
+from spiking_lm_spikellm.conversion_config import SpikeLLMConversion
+from spiking_lm_spikellm.gptq import Factor, factorize, gptq
+from spiking_lm_spikellm.layers import SpikingLinear
+from spiking_lm_spikellm.model import Block, SpikeLLM
+from spiking_lm_spikellm.omni import calibrate_block
+from spiking_lm_spikellm.pbllm import pb_llm
+from spiking_lm_spikellm.rotation import Rotation
+from spiking_lm_spikellm.saliency import CacheSaliency, SecondMoment, activation_saliency, choose
+from spiking_lm_spikellm.sources import EMBEDDING, HEAD, NORM, Source, open_source
+from spiking_lm_spikellm.streams import Stream, Walk, watching_attention
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+STAGES = (
+    ("to_queries", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    ("to_output", ("self_attn.o_proj",)),
+    ("to_gate", ("mlp.gate_proj", "mlp.up_proj")),
+    ("to_down", ("mlp.down_proj",)),
+)
+"""The stages of a :class:`Walk`, and the projections that read what is seen there."""
+
+Facts = dict[str, Any]
+
+
+def calibrate(
+    options: SpikeLLMConversion, data: TextData, work: Path, *, seed: int, console: Console
+) -> tuple[SpikeLLM, dict[str, Any]]:
+    """Convert ``options.source``, looking at the training part of ``data``; return the model and a JSON-able report.
+
+    ``work`` keeps finished blocks and hidden states; a call that finds there those of the same source, options and text
+    goes on from them, to the very same result.
+
+    Raises: DataError for a source that is damaged or a text shorter than a window; DivergedError naming the block.
+    """
+    assert options.source is not None
+    source = open_source(options.source)
+    schemes = {name: getattr(options, name).model_dump() for name in ("weights", "activations", "cache")}
+    values = {**source.config.model_dump(), **schemes, "rotation": options.rotation}
+    config = parse_config(SpikeLLMConfig, values, where="the converted model")
+    conversion = Conversion(options, source, config, calibration_tokens(data, options, seed), work, seed)
+    with torch.no_grad(), _Display(console, config.n_layer) as display:
+        conversion.run(display.show)
+    return conversion.model(), conversion.report()
+
+
+def calibration_tokens(data: TextData, options: SpikeLLMConversion, seed: int) -> Tensor:
+    """Return windows ``(N, S)`` from random places of the training text."""
+    text, window = data.train.tokens, options.calibration.window
+    if len(text) < window:
+        raise DataError(
+            f"the calibration text has {len(text):,} tokens, less than one window of {window:,}",
+            hint="choose another text, or a smaller convert.calibration.window",
+        )
+    random = np.random.default_rng(seed)
+    starts = random.integers(0, len(text) - window + 1, options.calibration.samples)
+    rows = np.stack([np.asarray(text[start : start + window]) for start in starts])
+    return torch.from_numpy(rows.astype(np.int64))
+
+
+@dataclass
+class Conversion:
+    """A conversion under way, and what it has on disk."""
+
+    options: SpikeLLMConversion
+    source: Source
+    config: SpikeLLMConfig
+    tokens: Tensor
+    work: Path
+    seed: int
+
+    def __post_init__(self) -> None:
+        off = {"activations": ActivationScheme(), "cache": CacheScheme()}
+        self.while_rounding = self.config.model_copy(update={"weights": WeightScheme(), "mode": "fake"})
+        self.in_float = self.while_rounding.model_copy(update=off)
+        salient = [scheme.salient for scheme in (self.options.activations, self.options.cache) if scheme.bits < OFF]
+        self.marks = any(salient)
+        self.learns = self.options.omni is not None
+        self.solves = self.options.rounding != "nearest" and not (
+            self.options.rounding == "gptq" and self.options.weights.off
+        )
+        self.ranges = self.options.activations.bits < OFF and self.options.activations.scale == "static"
+        self.rotation = Rotation(self.config.n_embd, self.seed) if self.options.rotation else None
+        self.reads_text = self.marks or self.learns or self.solves or self.ranges
+
+    # -- on disk ------------------------------------------------------------------------------------------------------
+
+    def block_file(self, index: int) -> Path:
+        """Where a finished block is."""
+        return self.work / f"block-{index:05d}.safetensors"
+
+    def states(self, index: int, kind: str = "states", *, new: bool = False) -> Stream:
+        """Return the hidden states in front of block ``index``; kind "float": those of the float model."""
+        return Stream(self.work / f"{kind}-{index:05d}.f32", (*self.tokens.shape, self.config.n_embd), new=new)
+
+    def identity(self) -> str:
+        """Return a hash of all that decides the result."""
+        facts = [self.options.model_dump(mode="json", exclude={"source"}), self.source.sha256(), self.seed]
+        return hashlib.sha256(json.dumps(facts).encode() + self.tokens.numpy().tobytes()).hexdigest()
+
+    def finished(self) -> int:
+        """Return how many blocks are done and can be gone on from; what is not of this conversion is removed."""
+        note, identity = self.work / "identity", self.identity()
+        if not note.is_file() or note.read_text() != identity:
+            _forget(self.work)
+            self.work.mkdir(parents=True)
+            atomic_write(note, identity)
+        done = 0
+        while done < self.config.n_layer and self.block_file(done).is_file():
+            done += 1
+        if done == self.config.n_layer or not self.reads_text:
+            return done
+        kinds = ["states", "float"] if self.learns else ["states"]
+        size = 4 * self.tokens.numel() * self.config.n_embd
+        files = [self.work / f"{kind}-{done:05d}.f32" for kind in kinds]
+        return done if all(file.is_file() and file.stat().st_size == size for file in files) else 0
+
+    # -- the blocks ---------------------------------------------------------------------------------------------------
+
+    def run(self, show: Callable[[int, str], None]) -> None:
+        """Do the blocks that are not done."""
+        done = self.finished()
+        if done == 0 and self.reads_text:
+            self._embed()
+        for index in range(done, self.config.n_layer):
+            with _naming(index):
+                self._convert(index, show)
+
+    def _embed(self) -> None:
+        table = self.source.embedding()
+        for kind in ("states", "float") if self.learns else ("states",):
+            states = self.states(0, kind, new=True)
+            for rows in range(len(self.tokens)):
+                x = table[self.tokens[rows : rows + 1]].float()
+                states[slice(rows, rows + 1)] = x if self.rotation is None else self.rotation.residual(x)
+            states.flush()
+
+    def _convert(self, index: int, show: Callable[[int, str], None]) -> None:
+        show(index, "reading")
+        params = self._params(index)
+        block = _block(self.while_rounding, index, params)
+        facts: dict[str, Facts] = {name: {} for _, names in STAGES for name in names}
+        if self.marks:
+            show(index, "choosing salient channels")
+            self._mark(index, block, params)
+        rounded: dict[str, QuantizedWeight] = {}
+        if self.learns:
+            params, rounded = self._learn(index, block, params, facts, show)
+        show(index, "rounding")
+        if self.reads_text:
+            self._round_on_text(index, block, rounded, facts)
+        else:
+            for name in facts:
+                self._round(block.get_submodule(name), None, None, facts[name])
+        tensors = {name: tensor.contiguous() for name, tensor in block.state_dict().items()}
+        atomic_write(self.block_file(index), save(tensors, metadata={"facts": json.dumps(facts)}))
+        for kind in ("states", "float"):
+            _forget(self.work / f"{kind}-{index:05d}.f32")
+
+    def _params(self, index: int) -> dict[str, Tensor]:
+        """Return the float block that is to be quantised."""
+        params = self.source.block(index)
+        bad = [name for name, tensor in params.items() if not bool(torch.isfinite(tensor).all())]
+        if bad:
+            raise DataError(f"{bad[0]} of {self.source.path} is not finite", hint="is the copy complete?")
+        return params if self.rotation is None else self.rotation.block(params, self.config)
+
+    def _mark(self, index: int, block: Block, params: dict[str, Tensor]) -> None:
+        """Choose salient channels on the float block, which reads what the blocks before it return in few bits."""
+        generator = torch.Generator().manual_seed(self.seed * self.config.n_layer + index)
+        walk = Walk(_block(self.in_float, index, params), self.states(index))
+        config = self.config
+        ours = self.options.activations.salient if self.options.activations.bits < OFF else None
+        kept = self.options.cache.salient if self.options.cache.bits < OFF else None
+        cache = CacheSaliency(config.kv_heads, config.head_size)
+        for stage, names in STAGES:
+            moment = SecondMoment(cast(SpikingLinear, block.get_submodule(names[0])).in_features)
+            see = moment.update if ours is not None else (lambda _: None)
+            if stage == "to_output":
+                with watching_attention(walk.block, cache.update):
+                    walk.to_output(see)
+            else:
+                getattr(walk, stage)(see)
+            for name in names if ours is not None else ():
+                assert ours is not None
+                saliency = activation_saliency([params[f"{name}.weight"]], moment)
+                mask = choose(saliency, ours.rate, choice=ours.choice, generator=generator)
+                cast(SpikingLinear, block.get_submodule(name)).salient = mask
+        if kept is not None:
+            block.self_attn.salient_k = choose(cache.keys, kept.rate, choice=kept.choice, generator=generator)
+            block.self_attn.salient_v = choose(cache.values, kept.rate, choice=kept.choice, generator=generator)
+
+    def _learn(
+        self,
+        index: int,
+        block: Block,
+        params: dict[str, Tensor],
+        facts: dict[str, Facts],
+        show: Callable[[int, str], None],
+    ) -> tuple[dict[str, Tensor], dict[str, QuantizedWeight]]:
+        """Let omni transform the block; return its float parameters then, and the matrices that are rounded already."""
+        assert self.options.omni is not None
+        before = self.states(index, "float")
+        walk = Walk(_block(self.in_float, index, params), before)
+        for stage, _ in STAGES:
+            getattr(walk, stage)(lambda _: None)
+        after = self.states(index + 1, "float", new=True)
+        walk.finish(after)
+        after.flush()
+        ours = self.options.weights if self.options.rounding == "nearest" else WeightScheme()
+        with torch.enable_grad():
+            result = calibrate_block(
+                block,
+                params,
+                before.tensor(),
+                self.states(index).tensor(),
+                after.tensor(),
+                self.options.omni,
+                weights=ours,
+                progress=lambda epoch, loss: show(index, f"learning, epoch {epoch}, loss {loss:.3g}"),
+            )
+        for name in facts:
+            facts[name]["notes"] = list(result.report.notes)
+        _load(block, result.params)
+        return result.params, result.weights
+
+    def _round_on_text(
+        self, index: int, block: Block, rounded: dict[str, QuantizedWeight], facts: dict[str, Facts]
+    ) -> None:
+        walk = Walk(block, self.states(index))
+        for stage, names in STAGES:
+            layers = [cast(SpikingLinear, block.get_submodule(name)) for name in names]
+            moment, limits = SecondMoment(layers[0].in_features), _Limits()
+
+            def see(states: Tensor, moment: SecondMoment = moment, limits: _Limits = limits) -> None:
+                moment.update(states)
+                limits.update(states)
+
+            getattr(walk, stage)(see)
+            if self.ranges:
+                for layer in layers:
+                    assert limits.scale is not None
+                    layer.scale = limits.scale.clone()
+            factor = None
+            if self.solves:
+                gptq_options = self.options.gptq
+                order = gptq_options.act_order if self.options.rounding == "gptq" else self.options.pb_llm.act_order
+                factor = factorize(moment.hessian, act_order=order, damp=gptq_options.damp)
+            for name, layer in zip(names, layers, strict=True):
+                self._round(layer, factor, moment, facts[name], rounded.get(name))
+        target = self.states(index + 1, new=True)
+        walk.finish(target)
+        target.flush()
+
+    def _round(
+        self,
+        layer: torch.nn.Module,
+        factor: Factor | None,
+        moment: SecondMoment | None,
+        facts: Facts,
+        rounded: QuantizedWeight | None = None,
+    ) -> None:
+        """Write the matrix of a projection in few bits, and note what that did."""
+        assert isinstance(layer, SpikingLinear)
+        options, scheme, w = self.options, self.options.weights, layer.weight.detach()
+        bits: float = 32.0
+        notes = facts.setdefault("notes", [])
+        if options.rounding == "pb_llm":
+            assert factor is not None
+            mixed = pb_llm(w, factor, low_frac=options.pb_llm.low_frac, group_size=options.pb_llm.group_size)
+            layer.weight = torch.nn.Parameter(mixed.weight)
+            bits = mixed.bits_per_weight
+        elif not scheme.off:
+            if rounded is not None:
+                packed = rounded
+            elif factor is None:
+                packed = round_to_nearest(w, scheme)
+            else:
+                solution = gptq(w, factor, scheme, mse=options.gptq.mse, static_groups=options.gptq.static_groups)
+                packed = solution.weight
+                if solution.damp > options.gptq.damp:
+                    notes.append(f"damped by {solution.damp:g}")
+            layer.set_weight(packed)
+            bits = packed.bits_per_weight()
+        written = layer.weight.detach()
+        marked = layer.salient
+        facts.update(
+            bits_per_weight=bits,
+            weights=w.numel(),
+            salient=None if marked is None else float(marked.float().mean()),
+            zeros=float((written == 0).float().mean()),
+            error=_error(w, written, moment),
+            error_nearest=None if scheme.off else _error(w, round_to_nearest(w, scheme).dequantize(), moment),
+        )
+
+    # -- the result ---------------------------------------------------------------------------------------------------
+
+    def _ends(self) -> dict[str, Tensor]:
+        """Return embedding, last norm and head, in the source's precision where nothing is changed."""
+        final = self.source.final()
+        ends = {EMBEDDING: self.source.embedding(), NORM: final.norm}
+        if final.head is not None:
+            ends[HEAD] = final.head
+        return ends if self.rotation is None else self.rotation.ends(ends, self.config)
+
+    def model(self) -> SpikeLLM:
+        """Put the finished blocks together."""
+        tensors = self._ends()
+        for index in range(self.config.n_layer):
+            with safe_open(self.block_file(index), "pt") as file:
+                tensors.update({f"model.layers.{index}.{name}": file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        tied = {} if HEAD in tensors else {HEAD: EMBEDDING}
+        return cast(SpikeLLM, filled_model(self.config, tensors, tied))
+
+    def report(self) -> dict[str, Any]:
+        """Return what was done, JSON-able: facts of the whole, and of every matrix."""
+        layers: list[Facts] = []
+        for index in range(self.config.n_layer):
+            with safe_open(self.block_file(index), "pt") as file:
+                facts = json.loads(file.metadata()["facts"])
+            layers += [{"name": f"model.layers.{index}.{name}", **of} for name, of in facts.items()]
+        notes = [f"{layer['name']}: {note}" for layer in layers for note in dict.fromkeys(layer.pop("notes"))]
+        return {
+            "source": str(self.source.path),
+            "source_sha256": self.source.sha256(),
+            "summary": self._summary(layers),
+            "layers": layers,
+            "notes": notes,
+        }
+
+    def _summary(self, layers: list[Facts]) -> dict[str, str]:
+        options = self.options
+        windows, length = self.tokens.shape
+        weights = sum(layer["weights"] for layer in layers)
+        bits = sum(layer["bits_per_weight"] * layer["weights"] for layer in layers) / weights
+        steps = [name for name, on in (("rotation", options.rotation), ("omni", self.learns)) if on]
+        summary = {
+            "method": ", then ".join([*steps, f"rounding: {options.rounding}"]),
+            "weights": f"{_words(options.weights)}; {bits:.2f} bits each, with scales, orders and masks",
+            "activations": _words(options.activations),
+            "keys and values": _words(options.cache),
+            "calibration": f"{windows} windows of {length} tokens" if self.reads_text else "none",
+        }
+        paper, real = ace(options.weights, options.activations)
+        summary["ACE per weight"] = (
+            f"{paper:.2f} counting steps, {real:.2f} counting bits; float16 has {OFF * OFF} "
+            "(bits of weight x bits of activation, Zhang et al., arXiv 2112.00133)"
+        )
+        return summary
+
+
+def ace(weights: WeightScheme, activations: ActivationScheme) -> tuple[float, float]:
+    """Return the arithmetic effort of a weight, bits of weight x bits of activation, in the two ways it is counted.
+
+    A salient channel of T steps costs T times as much in the paper's accounting; the codes it holds have log2 T bits
+    more. A ternary step counts as 2 bits.
+    """
+
+    def steps(scheme: WeightScheme | ActivationScheme, count: Callable[[int], float]) -> float:
+        if scheme.salient is None:
+            return 1.0
+        return 1 + scheme.salient.rate * (count(scheme.salient.steps) - 1)
+
+    own = 2.0 * steps(weights, float) if weights.type == "ternary" else float(weights.bits)
+    extra = 0.0 if activations.salient is None else activations.salient.rate * math.log2(activations.salient.steps)
+    return own * activations.bits * steps(activations, float), own * (activations.bits + extra)
+
+
+def _words(scheme: WeightScheme | ActivationScheme | CacheScheme) -> str:
+    if isinstance(scheme, WeightScheme) and scheme.type == "ternary":
+        kind = "ternary spikes"
+    elif scheme.bits >= OFF:
+        return "real"
+    else:
+        kind = f"{scheme.bits} bits"
+    group = getattr(scheme, "group_size", None)
+    grouped = f", {group} weights to a scale" if group else ""
+    if scheme.salient is None:
+        return kind + grouped
+    chosen = f"{scheme.salient.rate:.0%} of the channels with {scheme.salient.steps} steps ({scheme.salient.choice})"
+    return f"{kind}{grouped}, {chosen}"
+
+
+def _forget(path: Path) -> None:
+    if path.exists():
+        remove(path)
+
+
+@contextmanager
+def _naming(index: int) -> Iterator[None]:
+    """Have errors say in which block they happened."""
+    try:
+        yield
+    except SpikingLMError as error:
+        error.message = f"block {index}: {error.message}"
+        error.args = (error.message,)
+        raise
+
+
+def _block(config: SpikeLLMConfig, index: int, params: dict[str, Tensor]) -> Block:
+    with torch.random.fork_rng(devices=[]):
+        block = Block(config, index)
+    _load(block, params)
+    return block.requires_grad_(False)
+
+
+def _load(block: Block, params: dict[str, Tensor]) -> None:
+    """Put float parameters into a block; masks and scales stay as they are."""
+    unknown = block.load_state_dict(params, strict=False).unexpected_keys
+    assert not unknown, unknown
+
+
+def _error(w: Tensor, written: Tensor, moment: SecondMoment | None) -> float | None:
+    """Return the mean squared error of the outputs, as a share of their mean square, on the calibration text."""
+    if moment is None:
+        return None
+    mean = moment.mean.float()
+
+    def energy(x: Tensor) -> float:
+        return float(((x @ mean) * x).sum())
+
+    return energy(w - written) / max(energy(w), 1e-30)
+
+
+class _Limits:
+    """The least and the greatest value seen, for a static scale."""
+
+    scale: Tensor | None = None
+
+    def update(self, states: Tensor) -> None:
+        self.scale = calibrate_scale(states, self.scale)
+
+
+class _Display:
+    """The progress of a conversion: a live line, or a plain line per block where there is no terminal."""
+
+    def __init__(self, console: Console, blocks: int) -> None:
+        self.console, self.blocks = console, blocks
+        columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[what]}"))
+        self.bar = Progress(
+            TextColumn("converting"),
+            *columns,
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task("", total=blocks, what="")
+        self.said = -1
+
+    def __enter__(self) -> _Display:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def show(self, index: int, what: str) -> None:
+        """Say what is done to which block."""
+        self.bar.update(self.task, completed=index, what=what)
+        if not self.console.is_terminal and index > self.said:
+            self.said = index
+            self.console.print(f"block {index + 1}/{self.blocks}", highlight=False)
