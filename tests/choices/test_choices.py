@@ -73,7 +73,18 @@ def test_the_likeliest_continuation_is_called_greedy() -> None:
     assert scores[0].log_likelihood > scores[1].log_likelihood
 
 
-@pytest.mark.parametrize(("name", "config"), [("spikegpt", {"ctx_len": 32}), ("egru", {"n_hidden": 24})])
+LLAMA = {"n_inner": 40, "n_head": 4, "n_kv_head": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("spikegpt", {"ctx_len": 32}),
+        ("egru", {"n_hidden": 24}),
+        ("spikellm", LLAMA),
+        ("spikellm", {**LLAMA, "activations": {"bits": 4}, "cache": {"bits": 4}}),
+    ],
+)
 def test_real_models_score_as_they_do_row_by_row(name: str, config: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model = spiking_lm.create_model(name, vocab_size=256, n_layer=1, n_embd=16, **config).eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -220,6 +221,20 @@ def test_the_block_protocol_is_said_exactly(model: Any) -> None:
     assert result["metrics"]["bits_per_byte"] == pytest.approx(math.log2(result["metrics"]["perplexity"]))
     with pytest.raises(DataError, match="has 1100 tokens; scoring needs at least 2048"):
         evaluate(model, data, EvaluateConfig(protocol="blocks", window=2048, max_tokens=1100))
+
+
+@pytest.mark.slow
+def test_a_published_model_has_its_known_perplexity_in_blocks(shared: Path) -> None:
+    """stories260K on 200 texts of 256 tokens that it wrote itself: 3.599, found with another implementation."""
+    from spiking_lm_spikellm import sources
+
+    folder = shared / "data" / "models" / "stories260K"
+    source = sources.open_source(folder)
+    tokens = np.load(folder / "stories260K_selfsample_dev.npy").astype(np.int64).ravel()
+    llama = sources.build(source, source.config)
+    nll, _ = score_tokens(llama, tokens, EvaluateConfig(protocol="blocks", window=256, batch_size=20))
+    assert len(nll) == 200 * 255
+    assert math.exp(nll.mean()) == pytest.approx(3.599, abs=1e-3)
 
 
 def test_protocols_are_checked_and_older_runs_are_read() -> None:
