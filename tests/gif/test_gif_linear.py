@@ -113,6 +113,22 @@ def test_gradients_of_all_forms_are_those_of_the_definition(problem: dict[str, A
         close(ours, theirs, 1e-9)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_products_large_enough_for_another_library(mode: str) -> None:
+    problem = {
+        "x": normal(0, 40, 260, dtype=torch.float32),
+        "weight": normal(1, 270, 260, dtype=torch.float32),
+        "bias": normal(2, 270, dtype=torch.float32),
+        "scheme": scheme(3, 2, spikes="unsigned"),
+        "salient": mask(3, 260),
+        "scale": None,
+    }
+    expected = run("reference", problem, mode, torch.float32)
+    close(run("torch", problem, mode, torch.float32), expected, 1e-5)
+    trained = {**problem, "weight": problem["weight"].clone().requires_grad_()}
+    close(run("torch", trained, mode, torch.float32).detach(), expected, 1e-5)
+
+
 @settings(max_examples=60)
 @given(problem=problems())
 def test_spikes_and_substeps_sum_to_the_codes_and_decode_to_the_values(problem: dict[str, Any]) -> None:
