@@ -18,6 +18,7 @@ from spiking_lm_spikellm.config import SpikeLLMConfig
 from spiking_lm_spikellm.model import Block, turn
 from spiking_lm_spikellm.omni import (
     PROJECTIONS,
+    Learned,
     OmniResult,
     calibrate_block,
     first_logits,
@@ -26,7 +27,7 @@ from spiking_lm_spikellm.omni import (
     keep_from_zero,
     run_block,
     transform,
-    write_weights,
+    write_block,
 )
 from spiking_lm_spikellm.omni_config import OmniOptions
 from spiking_lm_spikellm.saliency import CacheSaliency, SecondMoment, activation_saliency, choose
@@ -158,7 +159,7 @@ def test_clipped_weights(shared: Path) -> None:
     config = block_config(golden, 2)
     scales, shifts, clipping = block_goldens(golden)
     keep_from_zero(scales)
-    written = write_weights(transform(shift(params_of(golden), shifts), scales, config), clipping, W4)
+    written = write_block(shift(params_of(golden), shifts), Learned(scales, clipping), W4, config)
     for name in PROJECTIONS:
         assert_on_grid(written[f"{name}.weight"], golden[f"letlwc.{name}.weight"])
 
@@ -178,8 +179,7 @@ def test_whole_block(shared: Path, steps: int) -> None:
         leaves |= {f"{name}.weight_quantizer.upbound_factor": upper, f"{name}.weight_quantizer.lowbound_factor": lower}
     for leaf in leaves.values():
         leaf.requires_grad_()
-    folded = transform(shift(params_of(golden), shifts), scales, config)
-    written = write_weights(folded, clipping, W4)
+    written = write_block(shift(params_of(golden), shifts), Learned(scales, clipping), W4, config)
 
     seen: dict[str, Tensor] = {}
     hooks = [
@@ -212,7 +212,7 @@ def test_rounded_block(shared: Path, steps: int) -> None:
     block = Block(config, 0)
     mark_salient(block, golden, f"T{steps}.")
     params = params_of(golden)
-    written = write_weights(params, first_logits(params, W4), W4)
+    written = write_block(params, Learned({}, first_logits(params, W4)), W4, config)
     for name in PROJECTIONS:
         assert_on_grid(written[f"{name}.weight"], golden[f"rtn.{name}.weight"])
     with torch.no_grad():
