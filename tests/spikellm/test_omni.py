@@ -284,6 +284,15 @@ def test_parts_alone(options: dict[str, bool], weights: WeightScheme, method: st
         assert result.learned.clipping["self_attn.q_proj"][0].shape == (24, 4)
 
 
+def test_a_rotated_block_has_one_scale_per_channel_for_all_values() -> None:
+    case = calibrated(options=OmniOptions(epochs=2), rotation=True)
+    assert case.result.learned.scales["out"].shape == (1, 6)
+    assert case.result.report.loss < case.result.report.rtn_loss
+    twin, buffers = float_twin(case.block)
+    with torch.no_grad():
+        assert relative(run_block(twin, {**buffers, **case.result.params}, case.x_float), case.targets) <= 1e-5
+
+
 def test_the_augmented_loss_is_another_one(case: Case) -> None:
     plain = case.result.report
     augmented = calibrated(options=OmniOptions(epochs=1, aug_loss=True)).result.report
