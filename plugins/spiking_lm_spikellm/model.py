@@ -282,6 +282,10 @@ class SpikeLLM(SpikingLanguageModel):
             if isinstance(module, SpikingLinear):
                 module.mode = mode
 
+    def num_parameters(self) -> int:
+        packed = [m for m in self.modules() if isinstance(m, SpikingLinear) and "weight" not in m._parameters]
+        return super().num_parameters() + sum(layer.in_features * layer.out_features for layer in packed)
+
     def expect(self, stored: Mapping[str, Tensor]) -> None:
         """Make room for the packed matrices of a checkpoint."""
         by_layer: dict[str, dict[str, Tensor]] = {}

@@ -162,7 +162,7 @@ class Conversion:
                 self._convert(index, show)
 
     def _embed(self) -> None:
-        table = self.source.embedding()
+        table = self._ends()[EMBEDDING]
         for kind in ("states", "float") if self.learns else ("states",):
             states = self.states(0, kind, new=True)
             for rows in range(len(self.tokens)):
@@ -331,11 +331,14 @@ class Conversion:
     # -- the result ---------------------------------------------------------------------------------------------------
 
     def _ends(self) -> dict[str, Tensor]:
-        """Return embedding, last norm and head, in the source's precision where nothing is changed."""
+        """Return embedding, last norm and head; beside packed matrices no table is in more than 16 bits."""
         final = self.source.final()
-        ends = {EMBEDDING: self.source.embedding(), NORM: final.norm}
-        if final.head is not None:
-            ends[HEAD] = final.head
+        tables = {EMBEDDING: self.source.embedding(), HEAD: final.head}
+        if not self.config.weights.off:
+            tables = {
+                name: None if t is None else t.half() if t.dtype.itemsize > 2 else t for name, t in tables.items()
+            }
+        ends = {NORM: final.norm, **{name: table for name, table in tables.items() if table is not None}}
         return ends if self.rotation is None else self.rotation.ends(ends, self.config)
 
     def model(self) -> SpikeLLM:

@@ -321,7 +321,7 @@ def _conversion(
         out=out,
         sha256=sha256_file(weights),
         model_type=model.config.model_type,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=model.num_parameters(),
         equal=equal,
         compared=compared,
     )

@@ -92,6 +92,10 @@ class SpikingLanguageModel(nn.Module, ABC):
         """Return the weights, or their gradients, under the state-dict keys of the paper's own code."""
         raise UsageError(f"{type(self).__name__} has no reference state-dict format", hint="use save_model")
 
+    def num_parameters(self) -> int:
+        """Count the weights, each once, whatever they are stored as."""
+        return sum(p.numel() for p in self.parameters())
+
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Return optimizer groups: matrices decay, vectors (norms, mixes, decays, thresholds) do not.
 

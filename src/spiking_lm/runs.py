@@ -81,7 +81,7 @@ def plan(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
     if recipe.convert is not None:
         return {**facts, "source": str(source_of(recipe))}
     model = build_model(recipe, data)
-    facts["parameters"] = sum(p.numel() for p in model.parameters())
+    facts["parameters"] = model.num_parameters()
     if recipe.train is not None:
         per_step = recipe.train.batch_size * recipe.train.accumulate
         if hasattr(data.train, "tokens"):
@@ -99,7 +99,7 @@ def plan(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
         from spiking_lm.compare import build_variants
 
         variants = build_variants(recipe, model, data, console or _stderr())
-        facts["variants"] = {name: {"parameters": sum(p.numel() for p in m.parameters())} for name, m in variants}
+        facts["variants"] = {name: {"parameters": m.num_parameters()} for name, m in variants}
     return facts
 
 
@@ -217,7 +217,7 @@ class _Stages:
                     stage()
 
     def _note_model(self) -> None:
-        parameters = sum(p.numel() for p in self.model.parameters())
+        parameters = self.model.num_parameters()
         self.run.update_manifest(model={"type": self.recipe.model["type"], "parameters": parameters})
 
     def _check_later_stages(self) -> None:

@@ -35,6 +35,7 @@ class Collected:
     evaluation: dict[str, Any] | None = None
     explanation: dict[str, Any] | None = None
     comparison: dict[str, Any] | None = None
+    conversion: dict[str, Any] | None = None
     pruning: dict[str, Any] | None = None
     deployment: dict[str, Any] | None = None
     sample: str | None = None
@@ -65,6 +66,7 @@ def collect(path: str | os.PathLike[str]) -> Collected:
     run.evaluation = _read(run, "evaluation.json", _object)
     run.explanation = _read(run, "explanation.json", _object)
     run.comparison = _read(run, "compare.json", _object)
+    run.conversion = _read(run, "conversion.json", _object)
     run.pruning = _read(run, "pruning.json", _object)
     run.deployment = _read(run, "deployment.json", _object)
     run.sample = _read(run, "samples.txt", _text)

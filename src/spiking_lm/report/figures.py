@@ -270,7 +270,7 @@ def _cycle_series() -> Iterator[tuple[str, str]]:
 
 def operations_figure(bars: Sequence[tuple[str, Mapping[str, float]]]) -> Figure:
     """Draw stacked bars, each scaled to its whole: ``(title, {class: amount})`` for AC, integer-AC, MAC and other."""
-    figure = Figure(figsize=(9, 0.85 * len(bars) + 0.9), layout="constrained")
+    figure = Figure(figsize=(9, 0.85 * len(bars) + 1.1), layout="constrained")
     axes = figure.subplots()
     for row, (_, parts) in enumerate(bars):
         whole, left = sum(parts.values()) or 1.0, 0.0
@@ -291,7 +291,7 @@ def operations_figure(bars: Sequence[tuple[str, Mapping[str, float]]]) -> Figure
             left += share
     used = [name for name in CLASS_COLOURS if any(parts.get(name) for _, parts in bars)]
     handles = [Patch(color=CLASS_COLOURS[name], label=CLASS_NAMES[name]) for name in used]
-    axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(used), borderaxespad=0.2)
+    axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=min(2, len(used)), borderaxespad=0.2)
     axes.set_yticks(range(len(bars)), [title for title, _ in bars])
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.set(xlim=(0, 1), xlabel="share")
@@ -338,6 +338,7 @@ def raster_figure(raster: Raster, text: Sequence[str], sites: Sequence[str], tok
 
 def spike_image(spikes: np.ndarray[Any, Any], colour: str) -> np.ndarray[Any, Any]:
     """Return ``spikes (T, C)`` as an RGBA picture ``(C, T, 4)``: opaque where a channel fired, stronger for more."""
+    spikes = np.abs(spikes.astype(np.int32))  # of either sign
     largest = max(1, int(spikes.max(initial=0)))
     strength = np.where(spikes > 0, 0.35 + 0.65 * spikes / largest, 0.0).T
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))

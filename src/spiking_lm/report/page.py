@@ -184,13 +184,14 @@ def _view(run: Collected) -> dict[str, Any]:
         "commands": _commands(run),
         "facts": _facts(run),
         "manifest_text": json.dumps(manifest, indent=2, ensure_ascii=False) if manifest else None,
-        **dict.fromkeys(("score", "explained", "raster", "compared", "pruned", "deployed")),
+        **dict.fromkeys(("score", "explained", "raster", "compared", "converted", "pruned", "deployed")),
     }
     for key, build, name in (
         ("score", _score, "evaluation.json"),
         ("explained", _explained, "explanation.json"),
         ("raster", _raster, "raster.npz"),
         ("compared", sections.compared, "compare.json"),
+        ("converted", sections.converted, "conversion.json"),
         ("pruned", sections.pruned, "pruning.json"),
         ("deployed", sections.deployed, "deployment.json"),
     ):

@@ -22,6 +22,19 @@ def compared(run: Collected) -> dict[str, Any] | None:
     }
 
 
+def converted(run: Collected) -> dict[str, Any] | None:
+    """Return the section "Conversion": what was made of another tool's model, and what that did to its matrices."""
+    conversion = run.conversion
+    if conversion is None:
+        return None
+    return {
+        "source": conversion["source"],
+        "summary": list(conversion["summary"].items()),
+        "matrices": tables.conversion_grid(conversion),
+        "notes": list(conversion["notes"]),
+    }
+
+
 def pruned(run: Collected) -> dict[str, Any] | None:
     """Return the section "Pruning": what is left of each matrix, and how well the model did before and after."""
     pruning = run.pruning

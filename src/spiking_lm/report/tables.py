@@ -381,13 +381,14 @@ def results_grid(comparison: Row) -> Grid:
     runs = comparison["runs"]
     metric = headline_metric(dict.fromkeys(name for run in runs for name in run["metrics"]))
     head = ["run", "model", ">parameters", *([f">{metric_name(metric)}"] if metric else [])]
-    head += [">activity", ">training tokens/s", ">seconds of training"]
+    trained = any(run["seconds"] is not None for run in runs)
+    head += [">activity", *([">training tokens/s", ">seconds of training"] if trained else [])]
     rows = []
     for run in runs:
         model = f"{run['model']}, {run['neuron']}" if run["neuron"] else run["model"]
         row = [run["name"], model, count(run["parameters"])]
         row += [metric_value(metric, run["metrics"].get(metric))] if metric else []
-        row += [percent(run["activity"]), _whole(run["tokens_per_s"]), _whole(run["seconds"])]
+        row += [percent(run["activity"]), *([_whole(run["tokens_per_s"]), _whole(run["seconds"])] if trained else [])]
         rows.append(row)
     return head, rows
 
