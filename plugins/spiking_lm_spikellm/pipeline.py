@@ -245,7 +245,7 @@ class Conversion:
         ours = self.options.weights if self.options.rounding == "nearest" else WeightScheme()
         with torch.enable_grad():
             result = calibrate_block(
-                block,
+                self._dynamic(index, block),
                 params,
                 before.tensor(),
                 self.states(index).tensor(),
@@ -258,6 +258,15 @@ class Conversion:
             facts[name]["notes"] = list(result.report.notes)
         _load(block, result.params)
         return result.params, result.weights
+
+    def _dynamic(self, index: int, block: Block) -> Block:
+        """Return the block with a scale per token: static ones are measured on what is learnt, not learnt with."""
+        if not self.ranges:
+            return block
+        activations = self.options.activations.model_copy(update={"scale": "dynamic"})
+        twin = Block(self.while_rounding.model_copy(update={"activations": activations}), index)
+        twin.load_state_dict({name: t for name, t in block.state_dict().items() if not name.endswith(".scale")})
+        return twin.requires_grad_(False)
 
     def _round_on_text(
         self, index: int, block: Block, rounded: dict[str, QuantizedWeight], facts: dict[str, Facts]

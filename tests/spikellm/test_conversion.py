@@ -48,6 +48,12 @@ WAYS: dict[str, dict[str, Any]] = {
     },
     "transformed": {"weights": {"bits": 4}, "activations": {"bits": 4}, "omni": {"epochs": 2, "clipping": False}},
     "static": {"weights": {"bits": 4}, "activations": {"bits": 6, "scale": "static"}},
+    "static, learnt": {
+        "weights": {"bits": 4},
+        "activations": {"bits": 6, "scale": "static"},
+        "omni": {"epochs": 1},
+        "rounding": "nearest",
+    },
     "pb_llm": {"rounding": "pb_llm"},
 }
 
