@@ -31,6 +31,9 @@ class GPTQOptions(StrictModel):
     """Groups of consecutive inputs in spite of ``act_order``."""
     damp: float = Field(default=0.01, gt=0)
     """Added to the Hessian's diagonal, as a share of its mean."""
+    follow: float = Field(default=0.0, ge=0, le=1)
+    """How far a matrix makes up for what the text has lost on its way to it, towards what the float model reads there
+    (Li et al., arXiv 2504.02692). 1 can fit the calibration text too closely; it needs the float model beside."""
 
 
 class PBLLMOptions(StrictModel):

@@ -17,7 +17,7 @@ from torch import Tensor
 from spiking_lm.errors import ConfigError, DivergedError
 from spiking_lm.quantization import Grid, QuantizedWeight, encode, ternary_grid, weight_grid
 from spiking_lm.schemes import WeightScheme
-from spiking_lm_spikellm.saliency import choose
+from spiking_lm_spikellm.saliency import SecondMoment, choose
 
 _BLOCK = 128
 """Columns whose errors are spread over the rest of the matrix at once."""
@@ -182,6 +182,32 @@ def gptq(
         rounded, steps, kept = rounded[back], None if steps is None else steps[back], None
     codes = encode(rounded.T.contiguous(), grid, scheme, 1 if steps is None else steps)
     return Solution(QuantizedWeight(codes, grid, scheme, kept, steps), loss, factor.damp)
+
+
+class Drift:
+    """How far what a matrix reads has drifted from what the float model reads in its place; streamed like a moment."""
+
+    def __init__(self, channels: int) -> None:
+        self._total = torch.zeros(channels, channels, dtype=torch.float64)
+
+    def update(self, x: Tensor, in_float: Tensor) -> None:
+        """Add tokens ``x (..., C)``, and what the float model reads for them."""
+        x, in_float = (part.detach().reshape(-1, part.shape[-1]) for part in (x, in_float))
+        self._total = self._total.to(x.device)
+        for seen, missing in zip(torch.split(x, 512), torch.split(in_float - x, 512), strict=True):
+            self._total += seen.T @ missing
+
+    def follow(self, w: Tensor, moment: SecondMoment, share: float, *, damp: float = 0.01) -> Tensor:
+        """Return the matrix (O, I) that makes of ``x`` the ``share`` of what ``w`` makes of the float model's input.
+
+        Least squares, damped as the Hessian is (Li et al., arXiv 2504.02692, which goes all the way, column by column).
+        With 1, little text and many channels it fits the text rather than the drift.
+        """
+        h = moment.mean.clone()
+        h.diagonal().add_(damp * h.diagonal().mean())
+        missing = torch.linalg.solve(h, self._total / moment.tokens)
+        followed: Tensor = torch.addmm(w.double(), w.double(), missing.T, alpha=share).to(w.dtype)
+        return followed
 
 
 class _OnGrid:

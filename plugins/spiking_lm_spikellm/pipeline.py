@@ -12,8 +12,9 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -34,7 +35,7 @@ from spiking_lm.quantization import QuantizedWeight, round_to_nearest
 from spiking_lm.schemes import OFF, ActivationScheme, CacheScheme, WeightScheme
 from spiking_lm_spikellm.config import SpikeLLMConfig
 from spiking_lm_spikellm.conversion_config import SpikeLLMConversion
-from spiking_lm_spikellm.gptq import Factor, factorize, gptq
+from spiking_lm_spikellm.gptq import Drift, Factor, factorize, gptq
 from spiking_lm_spikellm.layers import SpikingLinear
 from spiking_lm_spikellm.model import Block, SpikeLLM
 from spiking_lm_spikellm.omni import calibrate_block
@@ -48,12 +49,12 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 STAGES = (
-    ("to_queries", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    ("to_output", ("self_attn.o_proj",)),
-    ("to_gate", ("mlp.gate_proj", "mlp.up_proj")),
-    ("to_down", ("mlp.down_proj",)),
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
 )
-"""The stages of a :class:`Walk`, and the projections that read what is seen there."""
+"""The projections that read what is seen in each stage of a :class:`Walk`."""
 
 Facts = dict[str, Any]
 
@@ -114,6 +115,8 @@ class Conversion:
         self.solves = self.options.rounding != "nearest" and not (
             self.options.rounding == "gptq" and self.options.weights.off
         )
+        self.follows = self.solves and self.options.rounding == "gptq" and self.options.gptq.follow > 0
+        self.keeps_float = self.learns or self.follows
         self.ranges = self.options.activations.bits < OFF and self.options.activations.scale == "static"
         self.rotation = Rotation(self.config.n_embd, self.seed) if self.options.rotation else None
         self.reads_text = self.marks or self.learns or self.solves or self.ranges
@@ -145,7 +148,7 @@ class Conversion:
             done += 1
         if done == self.config.n_layer or not self.reads_text:
             return done
-        kinds = ["states", "float"] if self.learns else ["states"]
+        kinds = ["states", "float"] if self.keeps_float else ["states"]
         size = 4 * self.tokens.numel() * self.config.n_embd
         files = [self.work / f"{kind}-{done:05d}.f32" for kind in kinds]
         return done if all(file.is_file() and file.stat().st_size == size for file in files) else 0
@@ -163,7 +166,7 @@ class Conversion:
 
     def _embed(self) -> None:
         table = self._ends()[EMBEDDING]
-        for kind in ("states", "float") if self.learns else ("states",):
+        for kind in ("states", "float") if self.keeps_float else ("states",):
             states = self.states(0, kind, new=True)
             for rows in range(len(self.tokens)):
                 x = table[self.tokens[rows : rows + 1]].float()
@@ -174,7 +177,7 @@ class Conversion:
         show(index, "reading")
         params = self._params(index)
         block = _block(self.while_rounding, index, params)
-        facts: dict[str, Facts] = {name: {} for _, names in STAGES for name in names}
+        facts: dict[str, Facts] = {name: {} for names in STAGES for name in names}
         if self.marks:
             show(index, "choosing salient channels")
             self._mark(index, block, params)
@@ -183,7 +186,7 @@ class Conversion:
             params, rounded = self._learn(index, block, params, facts, show)
         show(index, "rounding")
         if self.reads_text:
-            self._round_on_text(index, block, rounded, facts)
+            self._round_on_text(index, block, params, rounded, facts)
         else:
             for name in facts:
                 self._round(block.get_submodule(name), None, None, facts[name])
@@ -208,14 +211,12 @@ class Conversion:
         ours = self.options.activations.salient if self.options.activations.bits < OFF else None
         kept = self.options.cache.salient if self.options.cache.bits < OFF else None
         cache = CacheSaliency(config.kv_heads, config.head_size)
-        for stage, names in STAGES:
+        for names, stage in zip(STAGES, walk.stages(), strict=True):
             moment = SecondMoment(cast(SpikingLinear, block.get_submodule(names[0])).in_features)
-            see = moment.update if ours is not None else (lambda _: None)
-            if stage == "to_output":
-                with watching_attention(walk.block, cache.update):
-                    walk.to_output(see)
-            else:
-                getattr(walk, stage)(see)
+            with watching_attention(walk.block, cache.update) if stage == walk.to_output else nullcontext():
+                for states in stage():
+                    if ours is not None:
+                        moment.update(states)
             for name in names if ours is not None else ():
                 assert ours is not None
                 saliency = activation_saliency([params[f"{name}.weight"]], moment)
@@ -237,11 +238,11 @@ class Conversion:
         assert self.options.omni is not None
         before = self.states(index, "float")
         walk = Walk(_block(self.in_float, index, params), before)
-        for stage, _ in STAGES:
-            getattr(walk, stage)(lambda _: None)
+        for stage in walk.stages():
+            for _ in stage():
+                pass
         after = self.states(index + 1, "float", new=True)
         walk.finish(after)
-        after.flush()
         ours = self.options.weights if self.options.rounding == "nearest" else WeightScheme()
         with torch.enable_grad():
             result = calibrate_block(
@@ -269,18 +270,25 @@ class Conversion:
         return twin.requires_grad_(False)
 
     def _round_on_text(
-        self, index: int, block: Block, rounded: dict[str, QuantizedWeight], facts: dict[str, Facts]
+        self,
+        index: int,
+        block: Block,
+        params: dict[str, Tensor],
+        rounded: dict[str, QuantizedWeight],
+        facts: dict[str, Facts],
     ) -> None:
         walk = Walk(block, self.states(index))
-        for stage, names in STAGES:
+        beside = Walk(_block(self.in_float, index, params), self.states(index, "float")) if self.follows else None
+        stages = zip(STAGES, walk.stages(), beside.stages() if beside else repeat(None), strict=False)
+        for names, stage, in_float in stages:
             layers = [cast(SpikingLinear, block.get_submodule(name)) for name in names]
             moment, limits = SecondMoment(layers[0].in_features), _Limits()
-
-            def see(states: Tensor, moment: SecondMoment = moment, limits: _Limits = limits) -> None:
+            drift = Drift(layers[0].in_features) if in_float is not None else None
+            for states, truth in zip(stage(), in_float() if in_float is not None else repeat(None), strict=False):
                 moment.update(states)
                 limits.update(states)
-
-            getattr(walk, stage)(see)
+                if drift is not None:
+                    drift.update(states, cast(Tensor, truth))
             if self.ranges:
                 for layer in layers:
                     assert limits.scale is not None
@@ -291,10 +299,13 @@ class Conversion:
                 order = gptq_options.act_order if self.options.rounding == "gptq" else self.options.pb_llm.act_order
                 factor = factorize(moment.hessian, act_order=order, damp=gptq_options.damp)
             for name, layer in zip(names, layers, strict=True):
-                self._round(layer, factor, moment, facts[name], rounded.get(name))
-        target = self.states(index + 1, new=True)
-        walk.finish(target)
-        target.flush()
+                target = None
+                if drift is not None:
+                    target = drift.follow(layer.weight.detach(), moment, self.options.gptq.follow)
+                self._round(layer, factor, moment, facts[name], rounded.get(name), target)
+        walk.finish(self.states(index + 1, new=True))
+        if beside is not None:
+            beside.finish(self.states(index + 1, "float", new=True))
 
     def _round(
         self,
@@ -303,8 +314,9 @@ class Conversion:
         moment: SecondMoment | None,
         facts: Facts,
         rounded: QuantizedWeight | None = None,
+        target: Tensor | None = None,
     ) -> None:
-        """Write the matrix of a projection in few bits, and note what that did."""
+        """Write the matrix of a projection in few bits, and note what that did; ``target`` is aimed at in its place."""
         assert isinstance(layer, SpikingLinear)
         options, scheme, w = self.options, self.options.weights, layer.weight.detach()
         bits: float = 32.0
@@ -320,7 +332,13 @@ class Conversion:
             elif factor is None:
                 packed = round_to_nearest(w, scheme)
             else:
-                solution = gptq(w, factor, scheme, mse=options.gptq.mse, static_groups=options.gptq.static_groups)
+                solution = gptq(
+                    w if target is None else target,
+                    factor,
+                    scheme,
+                    mse=options.gptq.mse,
+                    static_groups=options.gptq.static_groups,
+                )
                 packed = solution.weight
                 if solution.damp > options.gptq.damp:
                     notes.append(f"damped by {solution.damp:g}")

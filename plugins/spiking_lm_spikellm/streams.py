@@ -88,8 +88,8 @@ def watching_attention(block: Block, note: Callable[[Tensor, Tensor, Tensor], No
 class Walk:
     """One block, passed by the calibration text in four stages, each as soon as the matrices before it are final.
 
-    Every stage calls ``see(states)`` with batches of what its projections read. What lies between the stages is kept in
-    files beside the stream, so that no stage is computed twice.
+    Every stage yields batches of what its projections read, and has to be gone through to its end. What lies between
+    the stages is kept in files beside the stream, so that no stage is computed twice.
     """
 
     def __init__(self, block: Block, source: Stream) -> None:
@@ -99,43 +99,50 @@ class Walk:
         config = block.self_attn.config
 
         def scratch(name: str, size: int) -> Stream:
-            return Stream(source.path.with_name(f"{name}.f32"), (windows, length, size), new=True)
+            return Stream(source.path.with_suffix(f".{name}"), (windows, length, size), new=True)
 
         self.mixed = scratch("mixed", config.n_head * config.head_size)
         self.middle = scratch("middle", config.n_embd)
         self.inner = scratch("inner", config.n_inner)
 
-    def to_queries(self, see: Callable[[Tensor], None]) -> None:
+    def stages(self) -> tuple[Callable[[], Iterator[Tensor]], ...]:
+        """Return the four stages in order."""
+        return self.to_queries, self.to_output, self.to_gate, self.to_down
+
+    def to_queries(self) -> Iterator[Tensor]:
         """What the query, key and value projections read."""
         for _, x in self.source.batches():
-            see(self.block.input_layernorm(x))
+            yield self.block.input_layernorm(x)
 
-    def to_output(self, see: Callable[[Tensor], None]) -> None:
+    def to_output(self) -> Iterator[Tensor]:
         """What the output projection of the attention reads."""
         attention = self.block.self_attn
         for rows, x in self.source.batches():
             h = self.block.input_layernorm(x)
             mixed = reading(attention.o_proj, lambda h=h: attention(h, self.positions))  # type: ignore[misc]
             self.mixed[rows] = mixed
-            see(mixed)
+            yield mixed
 
-    def to_gate(self, see: Callable[[Tensor], None]) -> None:
+    def to_gate(self) -> Iterator[Tensor]:
         """What the gate and up projections read."""
         for rows, mixed in self.mixed.batches():
             middle = self.source[rows] + self.block.self_attn.o_proj(mixed)
             self.middle[rows] = middle
-            see(self.block.post_attention_layernorm(middle))
+            yield self.block.post_attention_layernorm(middle)
 
-    def to_down(self, see: Callable[[Tensor], None]) -> None:
+    def to_down(self) -> Iterator[Tensor]:
         """What the down projection reads."""
         mlp = self.block.mlp
         for rows, middle in self.middle.batches():
             h = self.block.post_attention_layernorm(middle)
             inner = reading(mlp.down_proj, lambda h=h: mlp(h))  # type: ignore[misc]
             self.inner[rows] = inner
-            see(inner)
+            yield inner
 
     def finish(self, target: Stream) -> None:
-        """Write what the block returns."""
+        """Write what the block returns, and forget what lay between the stages."""
         for rows, middle in self.middle.batches():
             target[rows] = middle + self.block.mlp.down_proj(self.inner[rows])
+        target.flush()
+        for stream in (self.mixed, self.middle, self.inner):
+            stream.path.unlink()

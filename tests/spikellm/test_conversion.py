@@ -54,6 +54,7 @@ WAYS: dict[str, dict[str, Any]] = {
         "omni": {"epochs": 1},
         "rounding": "nearest",
     },
+    "following": {"weights": {"bits": 4}, "activations": {"bits": 4, "salient": SALIENT}, "gptq": {"follow": 0.5}},
     "pb_llm": {"rounding": "pb_llm"},
 }
 
@@ -124,7 +125,7 @@ def test_calibration_beats_rounding_to_nearest(way: str, llama_folder: Path, tex
     assert all(layer["bits_per_weight"] > 1 for layer in report["layers"])
 
 
-@pytest.mark.parametrize("way", ["salient", "omni", "static"])
+@pytest.mark.parametrize("way", ["salient", "omni", "static", "following"])
 @pytest.mark.parametrize("reached", [0, 1])
 def test_an_interrupted_conversion_goes_on_to_the_same_model(
     way: str,

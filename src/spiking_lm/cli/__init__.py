@@ -21,7 +21,7 @@ from spiking_lm.errors import InterruptedRunError, SpikingLMError, did_you_mean
 VERBS = {
     "run": "Run a recipe: every stage from training to the report, in one run directory.",
     "train": "Train the model of a recipe, and stop there.",
-    "eval": "Score a model on text, or on labelled examples, that it has not seen.",
+    "eval": "Score a model on text, labelled examples or multiple-choice questions that it has not seen.",
     "generate": "Write text with a model, as it comes.",
     "chat": "Write text with a model, turn by turn, keeping its state between turns.",
     "explain": "Say where a model's spikes are, and what they save.",
@@ -29,7 +29,7 @@ VERBS = {
     "deploy": "Run a program: how well it predicts, and what it would cost.",
     "report": "Write the HTML report of a run.",
     "bench": "Run benchmarks on this machine.",
-    "convert": "Convert a checkpoint of a paper's own code to a spiking-lm model.",
+    "convert": "Convert a checkpoint of a paper's own code, or of another tool, to a spiking-lm model.",
     "recipes": "List, show, copy and check recipes.",
     "plugins": "List the plugins, and say what is wrong with those that do not work.",
     "init": "Write the skeleton of a plugin or of a recipe.",

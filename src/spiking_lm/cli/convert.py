@@ -9,7 +9,7 @@ import typer
 
 
 def command(
-    source: Path = typer.Argument(..., help="A .pth or .safetensors file of a paper's code, or a model folder or run."),
+    source: Path = typer.Argument(..., help="A .pth, .safetensors or .gguf file, a Hugging Face folder, or a model folder or run."),
     out: Path = typer.Argument(..., help="The model folder to write; a file with --to reference."),
     to: str | None = typer.Option(
         None, "--to", metavar="NAME", help="The model it is of (recognised when left out), or 'reference'."
@@ -28,7 +28,7 @@ def command(
     ),
     json: bool = typer.Option(False, "--json", help="Print the result as JSON."),
 ) -> None:
-    """Convert a checkpoint of a paper's own code to a spiking-lm model.
+    """Convert a checkpoint of a paper's own code, or of another tool, to a spiking-lm model.
 
     Nothing in SOURCE is executed: a file that holds more than tensors is refused. The result is read back and compared.
     With --to reference, SOURCE is a model of ours and OUT a .pth or .safetensors file in its paper's keys.
