@@ -9,7 +9,9 @@ import typer
 
 
 def command(
-    source: Path = typer.Argument(..., help="A .pth, .safetensors or .gguf file, a Hugging Face folder, or a model folder or run."),
+    source: Path = typer.Argument(
+        ..., help="A .pth, .safetensors or .gguf file, a Hugging Face folder, or a model folder or run."
+    ),
     out: Path = typer.Argument(..., help="The model folder to write; a file with --to reference."),
     to: str | None = typer.Option(
         None, "--to", metavar="NAME", help="The model it is of (recognised when left out), or 'reference'."
