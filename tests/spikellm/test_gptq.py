@@ -17,7 +17,7 @@ from torch import Tensor
 from spiking_lm.errors import ConfigError, DivergedError
 from spiking_lm.quantization import Grid, QuantizedWeight, decode, encode, ternary_grid, ternary_spikes, weight_grid
 from spiking_lm.schemes import SalientChannels, WeightScheme
-from spiking_lm_spikellm.gptq import compensate, factorize, gptq
+from spiking_lm_spikellm.gptq import Drift, compensate, factorize, gptq
 from spiking_lm_spikellm.saliency import SecondMoment
 
 
@@ -292,3 +292,28 @@ def test_ternary_scales_take_two_bytes() -> None:
     assert found.tensors()["scale"].dtype == torch.float16
     tiny = gptq(w * 1e-6, hessian, SCHEMES[4]).weight  # too small for that: nothing is lost
     torch.testing.assert_close(tiny.dequantize() * 1e6, found.dequantize(), rtol=0.05, atol=0.05)
+
+
+@given(st.integers(0, 2**31), st.floats(0, 1))
+def test_following_makes_up_for_what_was_lost_on_the_way(seed: int, share: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    in_float = torch.randn(700, 12, generator=generator)
+    mixing = torch.eye(12) + 0.2 * torch.randn(12, 12, generator=generator) / 12**0.5
+    lost = in_float @ mixing
+    w = torch.randn(5, 12, generator=generator)
+    moment, drift = SecondMoment(12), Drift(12)
+    for rows in (slice(0, 512), slice(512, 700)):  # as it streams by
+        moment.update(lost[rows])
+        drift.update(lost[rows], in_float[rows])
+    followed = drift.follow(w, moment, share, damp=1e-9)
+    expected = (1 - share) * (lost @ w.T) + share * (in_float @ w.T)
+    torch.testing.assert_close(lost @ followed.T, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_without_drift_following_changes_nothing() -> None:
+    x = torch.randn(100, 8, generator=torch.Generator().manual_seed(1))
+    w = torch.randn(3, 8, generator=torch.Generator().manual_seed(2))
+    moment, drift = SecondMoment(8), Drift(8)
+    moment.update(x)
+    drift.update(x, x)
+    assert torch.equal(drift.follow(w, moment, 1.0), w)
