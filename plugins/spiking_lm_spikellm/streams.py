@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from spiking_lm.errors import DataError
 from spiking_lm_spikellm.model import Block
 
 TOKENS_AT_ONCE = 4096
@@ -22,7 +26,9 @@ class Stream:
 
     def __init__(self, path: Path, shape: tuple[int, int, int], *, new: bool = False) -> None:
         self.path, self.shape = path, shape
-        self._array = np.memmap(path, dtype=np.float32, mode="w+" if new else "r+", shape=shape)
+        if new:
+            _allocate(path, 4 * math.prod(shape))
+        self._array = np.memmap(path, dtype=np.float32, mode="r+", shape=shape)
 
     def batches(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield which windows, and their states."""
@@ -44,6 +50,23 @@ class Stream:
     def flush(self) -> None:
         """Have it on disk before something says that it is."""
         self._array.flush()
+
+
+def _allocate(path: Path, size: int) -> None:
+    """Make a file of zeros that has its place on the disk: one without would kill the process once the disk is full."""
+    try:
+        with path.open("wb") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise DataError(
+            f"{path}: no place for {size / 1e6:,.0f} MB of hidden states: {error.strerror}",
+            hint="finished blocks are kept: make room and give the command again, or lower convert.calibration.samples",
+        ) from None
 
 
 class _Read(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from spiking_lm.cli import main
 from spiking_lm.data import TextData, load
 from spiking_lm.errors import DataError, RecipeError
 from spiking_lm.recipe import load_recipe
-from spiking_lm_spikellm import pipeline
+from spiking_lm_spikellm import pipeline, streams
 from spiking_lm_spikellm.conversion_config import SpikeLLMConversion
 from spiking_lm_spikellm.model import SpikeLLM
 from spiking_lm_spikellm.sources import convert, open_source
@@ -160,6 +161,30 @@ def test_other_options_or_text_begin_anew(llama_folder: Path, text: TextData, to
     other, _ = calibrate(llama_folder, text, tmp_path / "work", seed=1, **WAYS["salient"])
     expected, _ = calibrate(llama_folder, text, tmp_path / "fresh", seed=1, **WAYS["salient"])
     assert torch.equal(logits(other, tokens), logits(expected, tokens))
+
+
+def test_a_full_disk_is_said_and_finished_blocks_are_kept(
+    llama_folder: Path, text: TextData, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = calibrate(llama_folder, text, tmp_path / "whole", **WAYS["salient"])
+    original = streams._allocate
+
+    def fill_up(path: Path, size: int) -> None:
+        if path.name == "states-00002.f32":
+            monkeypatch.setattr(streams.os, "posix_fallocate", full, raising=False)
+        original(path, size)
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as context:
+        context.setattr(streams, "_allocate", fill_up)
+        with pytest.raises(DataError, match=r"block 1: .*no place for .*No space left"):
+            calibrate(llama_folder, text, tmp_path / "work", **WAYS["salient"])
+    monkeypatch.undo()
+    assert (tmp_path / "work" / "block-00000.safetensors").is_file()
+    resumed, _ = calibrate(llama_folder, text, tmp_path / "work", **WAYS["salient"])
+    assert torch.equal(logits(whole, tokens), logits(resumed, tokens))
 
 
 def test_a_text_shorter_than_a_window_is_refused(llama_folder: Path, text: TextData, tmp_path: Path) -> None:
