@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from spiking_lm import hookimpl
 from spiking_lm.hookspecs import Register
-from spiking_lm.records import ConverterSpec, ModelSpec
+from spiking_lm.records import BenchmarkSpec, ConverterSpec, ModelSpec
 
 SPIKING_LM_API = 1
 
@@ -33,5 +33,16 @@ def spiking_lm_converters(register: Register) -> None:
             tokenizer="spiking_lm_spikellm.sources:tokenizer",
             config="spiking_lm_spikellm.conversion_config:SpikeLLMConversion",
             calibrate="spiking_lm_spikellm.pipeline:calibrate",
+        )
+    )
+
+
+@hookimpl
+def spiking_lm_benchmarks(register: Register) -> None:
+    register(
+        BenchmarkSpec(
+            name="spikellm/forward",
+            summary="forward passes in spike counts of 4 bits, against the float model",
+            function="spiking_lm_spikellm.bench:forward",
         )
     )
