@@ -312,7 +312,7 @@ def test_wkv_in_every_dtype(dtype: torch.dtype, steps: int, batch: int, width: i
             assert got.dtype == source.dtype
             expected = torch.zeros_like(got, dtype=torch.float64) if expected is None else expected
             scale = max(1.0, float(expected.abs().max()))
-            torch.testing.assert_close(got.double(), expected, rtol=0, atol=(2e-4 if loose < 1e-3 else 2e-2) * scale)
+            torch.testing.assert_close(got.double(), expected, rtol=0, atol=(2e-4 if loose < 1e-3 else 4e-2) * scale)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "torch"])
