@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -70,7 +71,7 @@ def calibrate(
     Raises: DataError for a source that is damaged or a text shorter than a window; DivergedError naming the block.
     """
     assert options.source is not None
-    source = open_source(options.source)
+    source = open_source(Path(options.source).expanduser())
     schemes = {name: getattr(options, name).model_dump() for name in ("weights", "activations", "cache")}
     values = {**source.config.model_dump(), **schemes, "rotation": options.rotation}
     config = parse_config(SpikeLLMConfig, values, where="the converted model")
@@ -131,9 +132,14 @@ class Conversion:
         """Return the hidden states in front of block ``index``; kind "float": those of the float model."""
         return Stream(self.work / f"{kind}-{index:05d}.f32", (*self.tokens.shape, self.config.n_embd), new=new)
 
+    @cached_property
+    def source_sha256(self) -> str:
+        """The hash of the source, all of which has to be read for it."""
+        return self.source.sha256()
+
     def identity(self) -> str:
         """Return a hash of all that decides the result."""
-        facts = [self.options.model_dump(mode="json", exclude={"source"}), self.source.sha256(), self.seed]
+        facts = [self.options.model_dump(mode="json", exclude={"source"}), self.source_sha256, self.seed]
         return hashlib.sha256(json.dumps(facts).encode() + self.tokens.numpy().tobytes()).hexdigest()
 
     def finished(self) -> int:
@@ -195,6 +201,10 @@ class Conversion:
         for kind in ("states", "float"):
             _forget(self.work / f"{kind}-{index:05d}.f32")
 
+    def _generator(self, index: int) -> torch.Generator:
+        """Return what random masks of a block are drawn from: a conversion that goes on draws the same."""
+        return torch.Generator().manual_seed(self.seed * self.config.n_layer + index)
+
     def _params(self, index: int) -> dict[str, Tensor]:
         """Return the float block that is to be quantised."""
         params = self.source.block(index)
@@ -205,7 +215,7 @@ class Conversion:
 
     def _mark(self, index: int, block: Block, params: dict[str, Tensor]) -> None:
         """Choose salient channels on the float block, which reads what the blocks before it return in few bits."""
-        generator = torch.Generator().manual_seed(self.seed * self.config.n_layer + index)
+        generator = self._generator(index)
         walk = Walk(_block(self.in_float, index, params), self.states(index))
         config = self.config
         ours = self.options.activations.salient if self.options.activations.bits < OFF else None
@@ -277,7 +287,7 @@ class Conversion:
         rounded: dict[str, QuantizedWeight],
         facts: dict[str, Facts],
     ) -> None:
-        walk = Walk(block, self.states(index))
+        walk, generator = Walk(block, self.states(index)), self._generator(index)
         beside = Walk(_block(self.in_float, index, params), self.states(index, "float")) if self.follows else None
         stages = zip(STAGES, walk.stages(), beside.stages() if beside else repeat(None), strict=False)
         for names, stage, in_float in stages:
@@ -302,7 +312,7 @@ class Conversion:
                 target = None
                 if drift is not None:
                     target = drift.follow(layer.weight.detach(), moment, self.options.gptq.follow)
-                self._round(layer, factor, moment, facts[name], rounded.get(name), target)
+                self._round(layer, factor, moment, facts[name], rounded.get(name), target, generator)
         walk.finish(self.states(index + 1, new=True))
         if beside is not None:
             beside.finish(self.states(index + 1, "float", new=True))
@@ -315,6 +325,7 @@ class Conversion:
         facts: Facts,
         rounded: QuantizedWeight | None = None,
         target: Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
         """Write the matrix of a projection in few bits, and note what that did; ``target`` is aimed at in its place."""
         assert isinstance(layer, SpikingLinear)
@@ -338,6 +349,7 @@ class Conversion:
                     scheme,
                     mse=options.gptq.mse,
                     static_groups=options.gptq.static_groups,
+                    generator=generator,
                 )
                 packed = solution.weight
                 if solution.damp > options.gptq.damp:
@@ -346,13 +358,16 @@ class Conversion:
             bits = packed.bits_per_weight()
         written = layer.weight.detach()
         marked = layer.salient
+        nearest = None
+        if moment is not None and not scheme.off:
+            nearest = _error(w, round_to_nearest(w, scheme).dequantize(), moment)
         facts.update(
             bits_per_weight=bits,
             weights=w.numel(),
             salient=None if marked is None else float(marked.float().mean()),
             zeros=float((written == 0).float().mean()),
-            error=_error(w, written, moment),
-            error_nearest=None if scheme.off else _error(w, round_to_nearest(w, scheme).dequantize(), moment),
+            error=None if moment is None else _error(w, written, moment),
+            error_nearest=nearest,
         )
 
     # -- the result ---------------------------------------------------------------------------------------------------
@@ -387,7 +402,7 @@ class Conversion:
         notes = [f"{layer['name']}: {note}" for layer in layers for note in dict.fromkeys(layer.pop("notes"))]
         return {
             "source": str(self.source.path),
-            "source_sha256": self.source.sha256(),
+            "source_sha256": self.source_sha256,
             "summary": self._summary(layers),
             "layers": layers,
             "notes": notes,
@@ -475,10 +490,8 @@ def _load(block: Block, params: dict[str, Tensor]) -> None:
     assert not unknown, unknown
 
 
-def _error(w: Tensor, written: Tensor, moment: SecondMoment | None) -> float | None:
+def _error(w: Tensor, written: Tensor, moment: SecondMoment) -> float:
     """Return the mean squared error of the outputs, as a share of their mean square, on the calibration text."""
-    if moment is None:
-        return None
     mean = moment.mean.float()
 
     def energy(x: Tensor) -> float:

@@ -138,7 +138,7 @@ def sample_text(
     tokens = iterate(
         model, prompt, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed
     )
-    decoder = stream_decoder(tokenizer)
+    decoder = stream_decoder(tokenizer, prompt[0].tolist())
     stops = [stop for stop in config.stop if stop]
     longest = max((len(stop) for stop in stops), default=0)
     text, shown, count, stopped_by = "", 0, 0, None

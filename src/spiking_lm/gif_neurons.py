@@ -7,6 +7,7 @@ form.) The state of each is the membrane v, ``(B, N)``, in float32 at least.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -37,9 +38,9 @@ class _Integrator(Neuron):
         emitted = s.detach() if self.config.detach_reset else s
         return s.to(x.dtype), h - self.config.threshold * emitted
 
+    @abstractmethod
     def emit(self, h: Tensor) -> Tensor:
         """Return the spikes of the charged membranes ``h (B, N)``."""
-        raise NotImplementedError
 
 
 class IF(_Integrator):

@@ -6,6 +6,7 @@ against the tensors that really flow (:mod:`spiking_lm.accounting`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -82,3 +83,8 @@ class LMGraph:
     def readers(self, name: str) -> tuple[Op, ...]:
         """Return the ops that read what ``name`` emits."""
         return tuple(op for op in self.ops if name in op.inputs or name in op.recurrent)
+
+
+def layer_pattern(name: str) -> str:
+    """Replace the layer numbers of an op's name by a star: ``blocks.3.att.key`` -> ``blocks.*.att.key``."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)

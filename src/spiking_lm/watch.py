@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from spiking_lm.errors import DataError, PluginError, UsageError
-from spiking_lm.graph import LMGraph, Op, ValueKind
+from spiking_lm.graph import LMGraph, Op, ValueKind, layer_pattern
 from spiking_lm.interfaces import Neuron, SpikingLanguageModel
 
 _TOKENS_PER_CALL = 1024
@@ -219,7 +218,7 @@ class Watch:
             )
         without = [name for name in self._neurons if name not in self.membranes]
         if len(without) > 4:  # of many layers, each kind once
-            without = list(dict.fromkeys(re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in without))
+            without = list(dict.fromkeys(map(layer_pattern, without)))
         if without:
             self.notes.append(f"membrane updates leave out sites without a membrane to watch: {', '.join(without)}")
 

@@ -291,3 +291,16 @@ def test_errors_name_the_file_and_the_field(tmp_path: Path) -> None:
         parse_config(CharConfig, {"characters": "a", "vocab": "x"}, where="here")
     with pytest.raises(ConfigError, match="twice"):
         parse_config(CharConfig, {"characters": "aa"}, where="here")
+
+
+@given(text=texts, cut=st.integers(1, 30), at_once=st.integers(1, 5))
+def test_a_stream_goes_on_where_a_prompt_ended(
+    sentencepiece_like: Tokenizer, text: str, cut: int, at_once: int
+) -> None:
+    ids = sentencepiece_like.encode(f"Once upon {text}")
+    prompt, rest = ids[:cut], ids[cut:]
+    decoder = stream_decoder(sentencepiece_like, prompt)
+    parts = [decoder.feed(rest[start : start + at_once]) for start in range(0, len(rest), at_once)]
+    told, whole = sentencepiece_like.decode(prompt), sentencepiece_like.decode(ids)
+    if whole.startswith(told):  # not where a prompt ends within a character
+        assert told + "".join(parts) + decoder.flush() == whole

@@ -87,7 +87,7 @@ class Conversation:
         unread = self.unread + [int(token) for token in self.tokenizer.encode(text)]
         if not unread:
             unread = [int(token) for token in self.tokenizer.encode("\n")]
-        decoder = stream_decoder(self.tokenizer)
+        decoder = stream_decoder(self.tokenizer, unread)
         prompt = torch.tensor([unread], device=next(self.model.parameters()).device)
         tokens = iterate(self.model, prompt, state=self.state, seed=self.seed + self.turns, **self.sampling)
         self.turns += 1

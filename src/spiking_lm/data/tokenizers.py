@@ -423,11 +423,12 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
 class StreamDecoder:
     """Turns tokens into text as they come, giving characters only when they are complete."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, after: Ids = ()) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._ids: list[int] = []
-        self._shown = 0  # tokens of _ids whose text has been given
+        # What a text goes on from tells whether a space stands before the first new token.
+        self._ids: list[int] = [] if tokenizer.bytes_add_up else [int(index) for index in after]
+        self._shown = len(self._ids)  # tokens of _ids whose text has been given
 
     def feed(self, ids: int | Ids) -> str:
         """Take one token or several; return the text that they complete, which may be empty."""
@@ -457,6 +458,9 @@ class StreamDecoder:
         return self._tokenizer.decode(self._ids)[len(known) :]
 
 
-def stream_decoder(tokenizer: Tokenizer) -> StreamDecoder:
-    """Return a decoder for streaming generation: ``feed`` ids, get text, ``flush`` at the end."""
-    return StreamDecoder(tokenizer)
+def stream_decoder(tokenizer: Tokenizer, after: Ids = ()) -> StreamDecoder:
+    """Return a decoder for streaming generation: ``feed`` ids, get text, ``flush`` at the end.
+
+    ``after`` are the tokens that the text goes on from; theirs is not given again.
+    """
+    return StreamDecoder(tokenizer, after)

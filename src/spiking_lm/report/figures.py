@@ -20,9 +20,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
+from spiking_lm.graph import layer_pattern
 from spiking_lm.raster import Raster
 from spiking_lm.report.collect import Collected
-from spiking_lm.report.tables import CLASS_NAMES, count, layer_pattern
+from spiking_lm.report.tables import CLASS_NAMES, count
 
 INK, MUTED, LINE = "#1c2024", "#687076", "#d7dbdf"
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072b2", "#d55e00", "#009e73", "#b3589a", "#e69f00", "#56b4e9"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,8 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
+
+from spiking_lm.graph import layer_pattern
 
 Row = Mapping[str, Any]
 
@@ -48,11 +49,6 @@ def explanation_tables(explanation: Row, *, full: bool = False) -> RenderableTyp
     parts += [_totals(explanation), _energy(explanation)]
     parts += [Text(f"Note: {note}.", style="dim") for note in explanation["notes"]]
     return Group(*(Padding(part, (0, 0, 1, 0)) for part in parts))
-
-
-def layer_pattern(name: str) -> str:
-    """Replace the layer numbers of a name by a star: ``blocks.3.att.key`` -> ``blocks.*.att.key``."""
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
 def group_layers(rows: Iterable[Row], *same: str) -> list[list[Row]]:
