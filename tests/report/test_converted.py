@@ -38,3 +38,12 @@ def test_a_conversion_of_another_shape_is_named(run_dir: Path) -> None:
     (run_dir / "conversion.json").write_text(json.dumps({**REPORT, "layers": [{"name": "a"}]}), encoding="utf-8")
     page = write_report(run_dir).read_text(encoding="utf-8")
     assert "conversion.json is not of the form" in page
+
+
+def test_the_page_says_what_shuffled_words_did(run_dir: Path) -> None:
+    file = run_dir / "evaluation.json"
+    evaluation = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**evaluation, "shuffled": {"perplexity": 750.98, "ratio": 22.26}}), encoding="utf-8")
+    page = write_report(run_dir).read_text(encoding="utf-8")
+    assert "with its words shuffled" in page
+    assert "perplexity 750.980, 22.3 times as high" in page

@@ -306,6 +306,14 @@ def _score(run: Collected) -> dict[str, Any] | None:
         gap, digits = metrics[first] - value, digits - 1
         side = "below" if gap < 0 else "above"
         compare = f"{abs(gap):.{digits}f} {side} the best n-gram ({best}, {value:.{digits}f})"
+    shown = [(tables.metric_name(name), tables.metric_value(name, value)) for name, value in metrics.items()]
+    if shuffled := run.evaluation.get("shuffled"):
+        shown.append(
+            (
+                "with its words shuffled",
+                f"perplexity {shuffled['perplexity']:.3f}, {shuffled['ratio']:.1f} times as high",
+            )
+        )
     return {
         "headline": (tables.metric_name(first), tables.metric_value(first, metrics[first])),
         "split": {"valid": "validation"}.get(run.evaluation["split"], str(run.evaluation["split"])),
@@ -313,7 +321,7 @@ def _score(run: Collected) -> dict[str, Any] | None:
         "compare": compare,
         "unit": unit,
         "bars": bars,
-        "metrics": [(tables.metric_name(name), tables.metric_value(name, value)) for name, value in metrics.items()],
+        "metrics": shown,
     }
 
 
