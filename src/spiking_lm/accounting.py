@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from spiking_lm.errors import PluginError, SpikingLMError
 from spiking_lm.graph import LMGraph, Op, ValueKind
-from spiking_lm.interfaces import SpikeSite, SpikingLanguageModel
+from spiking_lm.interfaces import SpikeSite, SpikingLanguageModel, observe
 from spiking_lm.raster import Raster, load_raster, record_raster, save_raster
 from spiking_lm.report.tables import explanation_tables, percent
 from spiking_lm.watch import (
@@ -269,9 +269,9 @@ def explain(model: SpikingLanguageModel, tokens: Any = None, *, sample: str | No
     sites = SiteTaps(model)
     with watching(model, watch):
         for group in groups(rows):
-            output = model(group.to(device_of(model)), return_spikes=True)
+            output = observe(model, group.to(device_of(model)))
             sites.add(output.spikes or {})
-            watch.add_arrived(output.arrived)
+            watch.add_arrived(output.arrived or {})
     watch.check()
     n_tokens, n_samples = rows.numel(), len(rows)
     ops = tuple(_op_count(op, graph, watch, sites, n_tokens) for op in graph)

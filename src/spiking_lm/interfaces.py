@@ -3,6 +3,9 @@
 Tokens are batch-first ``(B, S)``. State is explicit: a pytree (nested tuples, NamedTuples and dicts of tensors whose
 first dimension is the batch) that is passed in and returned, never kept in a module. The laws that every model and
 neuron obeys are tested by :mod:`spiking_lm.testing`.
+
+What a model can do is in its ``capabilities``: ``lm`` (forward, step: causal), ``encode`` (encode), ``mlm``
+(predict_masked), ``classify`` (classify), ``clips`` (frames of events in place of tokens).
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,11 +43,27 @@ class LMOutput:
     logits: Tensor
     state: State
     spikes: dict[str, Tensor] | None = None
-    """Site name -> ``(B, S, N)``, when asked for."""
+    """Site name -> ``(B, S, N)``, when asked for; ``(B, S, T, N)`` where each token takes T spike steps."""
     aux_losses: dict[str, Tensor] = field(default_factory=dict)
     """Scalars that training adds to the cross-entropy."""
     arrived: dict[str, Tensor] = field(default_factory=dict)
     """With the spikes: op name -> what its weight matrix read, ``(B, S, n_in)``, where no ``nn.Linear`` holds it."""
+
+
+class Encoding(NamedTuple):
+    """What an encoder makes of right-padded texts; in spiking models, rates or means over the spike steps."""
+
+    hidden: tuple[Tensor, ...]
+    """L + 1 tensors ``(B, S, H)``: after the embedding, then after each layer."""
+    scores: tuple[Tensor, ...]
+    """L tensors ``(B, heads, S, S)``: scaled attention scores before the softmax; places that are masked, among them
+    every column of a padding token, are at most -100."""
+    pooled: Tensor
+    """``(B, H)``: what the classification head reads."""
+    spikes: dict[str, Tensor] | None = None
+    """As in :class:`LMOutput`, when asked for."""
+    arrived: dict[str, Tensor] | None = None
+    """As in :class:`LMOutput`, with the spikes."""
 
 
 class SpikingLanguageModel(nn.Module, ABC):
@@ -78,9 +97,21 @@ class SpikingLanguageModel(nn.Module, ABC):
 
     def classify(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Return class logits ``(B, num_classes)`` for right-padded ``tokens (B, S)`` with true ``lengths (B,)``."""
-        raise UsageError(
-            f"{type(self).__name__} has no classification head (capabilities: {sorted(self.capabilities)})"
-        )
+        raise self._cannot("has no classification head")
+
+    def encode(self, tokens: Tensor, lengths: Tensor, *, return_spikes: bool = False) -> Encoding:
+        """Return the hidden states of right-padded ``tokens (B, S)`` with true ``lengths (B,)``.
+
+        What stands behind a row's length influences nothing before it, nor ``pooled``.
+        """
+        raise self._cannot("encodes no texts")
+
+    def predict_masked(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Return logits ``(B, S, V)`` of the token at every place of right-padded ``tokens (B, S)``, itself masked."""
+        raise self._cannot("has no head for masked tokens")
+
+    def _cannot(self, what: str) -> UsageError:
+        return UsageError(f"{type(self).__name__} {what} (capabilities: {sorted(self.capabilities)})")
 
     def expect(self, stored: Mapping[str, Tensor]) -> None:
         """Make room for the tensors of a checkpoint that follow in shape and name from what they hold, not the config.
@@ -108,6 +139,31 @@ class SpikingLanguageModel(nn.Module, ABC):
             {"params": matrices, "weight_decay": weight_decay},
             {"params": vectors, "weight_decay": 0.0},
         ]
+
+
+class SpikingEncoder(SpikingLanguageModel):
+    """A model that reads whole texts in both directions, so that it cannot say what comes next.
+
+    It writes :meth:`encode`, and with the capabilities ``classify`` and ``mlm`` the methods of those. A model that is
+    an encoder in some configurations alone inherits from this too, sets its own ``capabilities``, and calls
+    ``super().forward()`` and the like where it is not causal.
+    """
+
+    capabilities = frozenset({"encode"})
+
+    def init_state(
+        self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> State:
+        """Refuse: nothing is carried from token to token."""
+        raise self._cannot("reads whole texts and has no state")
+
+    def forward(self, tokens: Tensor, state: State | None = None, *, return_spikes: bool = False) -> LMOutput:
+        """Refuse: a token that has seen what follows it cannot be predicted from what precedes it."""
+        raise self._cannot("reads whole texts, so that it scores no next tokens: call encode()")
+
+    @abstractmethod
+    def encode(self, tokens: Tensor, lengths: Tensor, *, return_spikes: bool = False) -> Encoding:
+        """Return the hidden states of right-padded ``tokens (B, S)`` with true ``lengths (B,)``."""
 
 
 class SpikingClipClassifier(SpikingLanguageModel):
@@ -141,6 +197,19 @@ def mean_over_steps(x: Tensor, lengths: Tensor) -> Tensor:
     """Return the mean of ``x (B, T, N)`` over the first ``lengths (B,)`` steps of each row, ``(B, N)``."""
     steps = torch.arange(x.shape[1], device=x.device)
     return (x * (steps < lengths[:, None])[..., None]).sum(1) / lengths[:, None]
+
+
+def observe(model: SpikingLanguageModel, tokens: Tensor, lengths: Tensor | None = None) -> LMOutput | Encoding:
+    """Run ``tokens (B, S)`` in the way that the model reads texts, and return what it gives, its spikes with it.
+
+    ``lengths (B,)`` are for encoders: None says that no row is padded.
+    """
+    if "lm" in model.capabilities:
+        output: LMOutput = model(tokens, return_spikes=True)
+        return output
+    if lengths is None:
+        lengths = torch.full((tokens.shape[0],), tokens.shape[1], device=tokens.device)
+    return model.encode(tokens, lengths, return_spikes=True)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 
 from spiking_lm.errors import DataError
 from spiking_lm.files import atomic_write
-from spiking_lm.interfaces import SpikingLanguageModel
+from spiking_lm.interfaces import SpikingLanguageModel, observe
 from spiking_lm.watch import check_range, device_of, vocab_size, watching
 
 _RASTER_CHANNELS = 128
@@ -37,11 +37,12 @@ def record_raster(model: SpikingLanguageModel, tokens: Any) -> dict[str, np.ndar
     rows = torch.as_tensor(np.asarray(tokens).astype(np.int64)).reshape(1, -1)
     check_range(rows, vocab_size(model))
     with watching(model):
-        spikes = model(rows.to(device_of(model)), return_spikes=True).spikes or {}
+        spikes = observe(model, rows.to(device_of(model))).spikes or {}
     raster = {}
     for name, s in spikes.items():
         # Rounding up keeps weak graded spikes visible: only a true zero is 0.
-        size = s[0].float().abs().ceil().clamp(max=255).to(torch.uint8).cpu().numpy()
+        per_token = s[0].float().abs().flatten(1, -2).sum(1) if s.ndim > 3 else s[0].float().abs()
+        size = per_token.ceil().clamp(max=255).to(torch.uint8).cpu().numpy()
         raster[name] = size[:, _evenly(size.shape[1], _RASTER_CHANNELS)]
     return raster
 

@@ -64,7 +64,8 @@ class ModelSpec(Record):
     """``f(state_dict, **config) -> model`` for the paper's own state-dict keys."""
     paper: str = ""
     capabilities: frozenset[str] = frozenset({"lm"})
-    """Any of ``lm`` (causal), ``classify``, ``mlm``; or ``clips``, for frames of events instead of text."""
+    """What it can do in some configuration: any of ``lm`` (causal), ``encode``, ``mlm``, ``classify``; or ``clips``,
+    for frames of events instead of text."""
 
 
 @dataclass(frozen=True, kw_only=True)
