@@ -1,0 +1,201 @@
+"""Ternary and binary weight matrices: trained straight through, kept in 1.6 and in 1 bit.
+
+A ternary matrix is ``codes * scale`` with codes -1, 0 and 1 and ``scale = mean |w|`` over the matrix (Ma et al.,
+arXiv 2402.17764, "b1.58"); a binary one has the codes -1 and 1, the side of its mean on which a weight lies (Wang et
+al., arXiv 2310.11453). Training keeps real weights behind the matrix, to which the gradient passes as it is. Other
+schemes, with scales per row or group, are in :mod:`spiking_lm.quantization`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, cast
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spiking_lm import packing
+from spiking_lm.errors import CheckpointError, UsageError
+
+Precision = Literal["full", "ternary", "binary"]
+
+LEAST_SCALE = 1e-5
+"""What a ternary scale is at least, so that a matrix of zeros has one."""
+
+_LEVELS = {"ternary": 3, "binary": 2}
+
+_UNPACKED: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
+"""Matrices as they are multiplied with, of layers that store them packed: no copy, state dict or footprint has them."""
+
+
+class Codes(NamedTuple):
+    """A matrix in few levels: it stands for ``codes * scale``."""
+
+    codes: Tensor
+    """(O, I), -1, 0 or 1, in the type of the matrix."""
+    scale: Tensor
+    """(), not negative."""
+
+
+def ternary_codes(w: Tensor) -> Codes:
+    """Return codes -1, 0 and 1 of ``w`` (O, I), rounded half to even, and the scale, the mean of ``|w|``."""
+    w = w.detach()
+    scale = w.abs().mean().clamp(min=LEAST_SCALE)
+    return Codes((w / scale).round_().clamp_(-1, 1), scale)
+
+
+def binary_codes(w: Tensor) -> Codes:
+    """Return codes -1 and 1 of ``w`` (O, I), 1 above its mean, and the scale, the mean of ``|w|``."""
+    w = w.detach()
+    return Codes(torch.where(w > w.mean(), 1.0, -1.0).to(w.dtype), w.abs().mean())
+
+
+def ternary_weight(w: Tensor) -> Tensor:
+    """Return ``w`` (O, I) in three levels; the gradient passes to ``w`` unchanged."""
+    return cast(Tensor, _StraightThrough.apply(w, ternary_codes))
+
+
+def binary_weight(w: Tensor) -> Tensor:
+    """Return ``w`` (O, I) in two levels; the gradient passes to ``w`` unchanged."""
+    return cast(Tensor, _StraightThrough.apply(w, binary_codes))
+
+
+def int8_activation(x: Tensor) -> Tensor:
+    """Return ``x (..., I)`` on 256 levels per row, scaled by the greatest ``|x|``; the gradient passes unchanged.
+
+    It is what 1.58-bit matrices read where spikes do not feed them (Ma et al., arXiv 2402.17764).
+    """
+    return cast(Tensor, _StraightThrough.apply(x, _int8))
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear layer that multiplies with its weights in few levels.
+
+    ``weight`` (O, I) is what is trained, :meth:`effective_weight` what is multiplied with; with ``bits="full"`` they
+    are the same. :meth:`pack` replaces the trained weights by codes for good, and ``weight`` is then what those stand
+    for. A state dict has ``weight`` before, and ``codes`` and ``scale`` afterwards; either can be loaded.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, bits: Precision = "full") -> None:
+        super().__init__(in_features, out_features, bias)
+        self.bits: Precision = bits
+
+    @property
+    def packed(self) -> bool:
+        """Whether the matrix is held as codes, and cannot be trained any more."""
+        return "codes" in self._buffers
+
+    def effective_weight(self) -> Tensor:
+        """Return the matrix (O, I) that inputs are multiplied with, differentiable until it is packed."""
+        if self.packed or self.bits == "full":
+            return self.weight
+        return ternary_weight(self.weight) if self.bits == "ternary" else binary_weight(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply ``x (..., I)`` with the matrix in few levels."""
+        return F.linear(x, self.effective_weight(), self.bias)
+
+    def pack(self) -> None:
+        """Keep codes and scale in place of the trained weights: 1.6 bits a weight, or 1; outputs stay the same.
+
+        Raises: UsageError for full weights, which have no codes.
+        """
+        if self.bits == "full":
+            raise UsageError("full weights have no codes to pack", hint="set bits to ternary or binary, and train")
+        if self.packed:
+            return
+        codes, scale = (ternary_codes if self.bits == "ternary" else binary_codes)(self.weight)
+        digits = codes + 1 if self.bits == "ternary" else codes > 0
+        self._hold(packing.pack(digits.to(torch.uint8), _LEVELS[self.bits]), scale)
+
+    def make_room(self, stored: Mapping[str, Tensor]) -> None:
+        """Take on the packed form if ``stored``, the tensors of a state dict below this layer, is in it.
+
+        Raises: CheckpointError when those codes are of other weights than this layer's ``bits``.
+        """
+        if "codes" not in stored or "scale" not in stored:
+            return
+        count, codes = self.in_features * self.out_features, stored["codes"]
+        sizes = {bits: packing.packed_size(count, levels) for bits, levels in _LEVELS.items()}
+        if codes.dtype != torch.uint8 or codes.numel() != sizes.get(self.bits):
+            found = next((bits for bits, size in sizes.items() if codes.numel() == size), "other")
+            raise CheckpointError(
+                f"the checkpoint holds packed {found} weights for a layer of {self.bits} ones "
+                f"({self.in_features} to {self.out_features})",
+                hint=f"make the model with {found} weights" if found in _LEVELS else "the file is of another model",
+            )
+        self._hold(torch.empty_like(codes), torch.empty_like(stored["scale"]))
+
+    def _hold(self, codes: Tensor, scale: Tensor) -> None:
+        self._parameters.pop("weight", None)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+        _UNPACKED.pop(self, None)
+
+    def _unpacked(self) -> Tensor:
+        scale = self.scale
+        matrix = _UNPACKED.get(self)
+        if matrix is None or matrix.dtype != scale.dtype:
+            shape = (self.out_features, self.in_features)
+            digits = packing.unpack(self.codes, _LEVELS[self.bits], shape[0] * shape[1]).view(shape).to(scale.dtype)
+            matrix = _UNPACKED[self] = (digits - 1 if self.bits == "ternary" else 2 * digits - 1) * scale
+        return matrix
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and self.packed:
+            return self._unpacked()
+        return super().__getattr__(name)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        _UNPACKED.pop(self, None)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self.make_room({name[len(prefix) :]: t for name, t in state_dict.items() if name.startswith(prefix)})
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        _UNPACKED.pop(self, None)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bits={self.bits}{', packed' if self.packed else ''}"
+
+
+def pack_weights(model: nn.Module) -> int:
+    """Pack every matrix in few levels that ``model`` holds, in place; return how many there are."""
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear) and m.bits != "full"]
+    for layer in layers:
+        layer.pack()
+    return len(layers)
+
+
+def expect_packed(model: nn.Module, stored: Mapping[str, Tensor]) -> None:
+    """Make room in ``model`` for the packed matrices of a state dict: a model's ``expect`` may call this.
+
+    Raises: CheckpointError when they are of another precision.
+    """
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantizedLinear):
+            own = {leaf: stored[f"{name}.{leaf}"] for leaf in ("codes", "scale") if f"{name}.{leaf}" in stored}
+            layer.make_room(own)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """What a function makes of a tensor, with the gradient of the identity.
+
+    ``x + (f(x) - x).detach()`` would be the same but for rounding, and then a matrix would have more than its levels.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Any]) -> Tensor:
+        made = function(x)
+        return made.codes * made.scale if isinstance(made, Codes) else cast(Tensor, made)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def _int8(x: Tensor) -> Tensor:
+    scale = 127 / x.abs().amax(-1, keepdim=True).clamp(min=LEAST_SCALE)
+    return (x * scale).round_().clamp_(-128, 127) / scale
