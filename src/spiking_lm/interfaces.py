@@ -99,6 +99,20 @@ class SpikingLanguageModel(nn.Module, ABC):
         """Return class logits ``(B, num_classes)`` for right-padded ``tokens (B, S)`` with true ``lengths (B,)``."""
         raise self._cannot("has no classification head")
 
+    def classify_pooled(self, pooled: Tensor) -> Tensor:
+        """Return class logits ``(B, num_classes)`` of ``Encoding.pooled``: what :meth:`classify` does after encoding.
+
+        Where one pass must serve both (distillation, firing rates beside scores), it is :meth:`encode` and then this.
+        """
+        raise self._cannot("has no classification head")
+
+    def classify_also(self, tokens: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+        """Return class logits that other readings of the same network give, by name; an evaluation reports them too.
+
+        For example ``{"clamp network": ...}`` beside the logits of its spikes; most models have none.
+        """
+        return {}
+
     def encode(self, tokens: Tensor, lengths: Tensor, *, return_spikes: bool = False) -> Encoding:
         """Return the hidden states of right-padded ``tokens (B, S)`` with true ``lengths (B,)``.
 
@@ -144,9 +158,10 @@ class SpikingLanguageModel(nn.Module, ABC):
 class SpikingEncoder(SpikingLanguageModel):
     """A model that reads whole texts in both directions, so that it cannot say what comes next.
 
-    It writes :meth:`encode`, and with the capabilities ``classify`` and ``mlm`` the methods of those. A model that is
-    an encoder in some configurations alone inherits from this too, sets its own ``capabilities``, and calls
-    ``super().forward()`` and the like where it is not causal.
+    It writes :meth:`encode`, with the capability ``classify`` :meth:`classify_pooled`, and with ``mlm``
+    :meth:`predict_masked`. A model that is an encoder in some configurations alone inherits from this too, sets its own
+    ``capabilities``, and calls ``super().forward()`` and the like where it is not causal. ``config.ctx_len`` is the
+    longest text that it reads, where there is such a length.
     """
 
     capabilities = frozenset({"encode"})
@@ -164,6 +179,12 @@ class SpikingEncoder(SpikingLanguageModel):
     @abstractmethod
     def encode(self, tokens: Tensor, lengths: Tensor, *, return_spikes: bool = False) -> Encoding:
         """Return the hidden states of right-padded ``tokens (B, S)`` with true ``lengths (B,)``."""
+
+    def classify(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Return class logits ``(B, num_classes)`` for right-padded ``tokens (B, S)`` with true ``lengths (B,)``."""
+        if "classify" not in self.capabilities:
+            raise self._cannot("has no classification head")
+        return self.classify_pooled(self.encode(tokens, lengths).pooled)
 
 
 class SpikingClipClassifier(SpikingLanguageModel):
