@@ -49,24 +49,24 @@ def factorize(hessian: Tensor, *, act_order: bool = True, damp: float = 0.01, fi
     Where H plus ``damp`` times its mean diagonal is not positive definite, ``damp`` is raised tenfold until it is.
     Raises: DivergedError for a Hessian that is not finite or stays indefinite.
     """
-    h = hessian.to(torch.float64, copy=True)
-    if not torch.isfinite(h).all():
+    if not torch.isfinite(hessian).all():
         raise DivergedError("the Hessian of a matrix is not finite", hint="the calibration text overflows the model")
-    diagonal = h.diagonal()
+    diagonal = hessian.diagonal().to(torch.float64, copy=True)
     dead = diagonal == 0
     mean = float(diagonal.mean()) or 1.0
-    order = torch.arange(len(h), device=h.device)
+    order = torch.arange(len(hessian), device=hessian.device)
     if act_order:
         order = diagonal.argsort(descending=True, stable=True)
         if first is not None:
             order = order[(~first[order]).to(torch.int8).argsort(stable=True)]
     diagonal[dead] = mean
-    # H = M M^T with M upper triangular, from the Cholesky factor of H read backwards; then U is M^-1.
+    # H = M M^T with M upper triangular, from the Cholesky factor of H read backwards; then U is M^-1. Matrices of this
+    # size are the most that a conversion holds, so each goes as soon as it can.
     backwards = order.flip(0)
-    h = h[backwards][:, backwards]
-    identity = torch.eye(len(h), dtype=h.dtype, device=h.device)
+    h = hessian[backwards].to(torch.float64)[:, backwards]
     while True:
-        lower, failed = torch.linalg.cholesky_ex(h + damp * mean * identity)
+        h.diagonal().copy_(diagonal[backwards] + damp * mean)
+        lower, failed = torch.linalg.cholesky_ex(h)
         if not failed:
             break
         damp = max(10 * damp, 1e-6)
@@ -74,7 +74,11 @@ def factorize(hessian: Tensor, *, act_order: bool = True, damp: float = 0.01, fi
             raise DivergedError(
                 "the Hessian of a matrix is not positive definite", hint="use a longer calibration text"
             )
-    upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).contiguous()
+    del h
+    identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    del lower, identity
+    upper = inverse.flip(0, 1).contiguous()
     return Factor(hessian, upper, order, act_order, dead, damp)
 
 
@@ -197,17 +201,25 @@ class Drift:
         for seen, missing in zip(torch.split(x, 512), torch.split(in_float - x, 512), strict=True):
             self._total += seen.T @ missing
 
-    def follow(self, w: Tensor, moment: SecondMoment, share: float, *, damp: float = 0.01) -> Tensor:
-        """Return the matrix (O, I) that makes of ``x`` the ``share`` of what ``w`` makes of the float model's input.
+    def missing(self, moment: SecondMoment, *, damp: float = 0.01) -> Tensor:
+        """Return what is to be added to ``x`` to come nearest to the float model's input, as a matrix (C, C) on ``x``.
 
         Least squares, damped as the Hessian is (Li et al., arXiv 2504.02692, which goes all the way, column by column).
-        With 1, little text and many channels it fits the text rather than the drift.
         """
-        h = moment.mean.clone()
+        h = moment.mean
         h.diagonal().add_(damp * h.diagonal().mean())
-        missing = torch.linalg.solve(h, self._total / moment.tokens)
-        followed: Tensor = torch.addmm(w.double(), w.double(), missing.T, alpha=share).to(w.dtype)
-        return followed
+        found: Tensor = torch.linalg.solve(h, self._total / moment.tokens)
+        return found
+
+
+def follow(w: Tensor, missing: Tensor, share: float) -> Tensor:
+    """Return the matrix (O, I) that makes of ``x`` the ``share`` of what ``w`` makes of the float model's input.
+
+    ``missing`` is of :meth:`Drift.missing`; matrices that read the same share it. With 1, little text and many channels
+    this fits the text rather than the drift.
+    """
+    followed: Tensor = torch.addmm(w.double(), w.double(), missing.T, alpha=share).to(w.dtype)
+    return followed
 
 
 class _OnGrid:

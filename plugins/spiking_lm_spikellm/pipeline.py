@@ -36,7 +36,7 @@ from spiking_lm.quantization import QuantizedWeight, round_to_nearest
 from spiking_lm.schemes import OFF, ActivationScheme, CacheScheme, WeightScheme
 from spiking_lm_spikellm.config import SpikeLLMConfig
 from spiking_lm_spikellm.conversion_config import SpikeLLMConversion
-from spiking_lm_spikellm.gptq import Drift, Factor, factorize, gptq
+from spiking_lm_spikellm.gptq import Drift, Factor, factorize, follow, gptq
 from spiking_lm_spikellm.layers import SpikingLinear
 from spiking_lm_spikellm.model import Block, SpikeLLM
 from spiking_lm_spikellm.omni import calibrate_block
@@ -72,13 +72,18 @@ def calibrate(
     """
     assert options.source is not None
     source = open_source(Path(options.source).expanduser())
-    schemes = {name: getattr(options, name).model_dump() for name in ("weights", "activations", "cache")}
-    values = {**source.config.model_dump(), **schemes, "rotation": options.rotation}
-    config = parse_config(SpikeLLMConfig, values, where="the converted model")
+    config = converted_config(options, source)
     conversion = Conversion(options, source, config, calibration_tokens(data, options, seed), work, seed)
     with torch.no_grad(), _Display(console, config.n_layer) as display:
         conversion.run(display.show)
     return conversion.model(), conversion.report()
+
+
+def converted_config(options: SpikeLLMConversion, source: Source) -> SpikeLLMConfig:
+    """Return the configuration of the model that ``source`` becomes."""
+    schemes = {name: getattr(options, name).model_dump() for name in ("weights", "activations", "cache")}
+    values = {**source.config.model_dump(), **schemes, "rotation": options.rotation}
+    return parse_config(SpikeLLMConfig, values, where="the converted model")
 
 
 def calibration_tokens(data: TextData, options: SpikeLLMConversion, seed: int) -> Tensor:
@@ -303,16 +308,20 @@ class Conversion:
                 for layer in layers:
                     assert limits.scale is not None
                     layer.scale = limits.scale.clone()
+            # Matrices of the size of a moment are the most that is held here, so none is held for longer than need be.
+            missing = None if drift is None else drift.missing(moment)
+            mean, hessian = moment.mean.float(), moment.hessian if self.solves else None
+            del moment, drift
             factor = None
-            if self.solves:
+            if hessian is not None:
                 gptq_options = self.options.gptq
                 order = gptq_options.act_order if self.options.rounding == "gptq" else self.options.pb_llm.act_order
-                factor = factorize(moment.hessian, act_order=order, damp=gptq_options.damp)
+                factor = factorize(hessian, act_order=order, damp=gptq_options.damp)
             for name, layer in zip(names, layers, strict=True):
                 target = None
-                if drift is not None:
-                    target = drift.follow(layer.weight.detach(), moment, self.options.gptq.follow)
-                self._round(layer, factor, moment, facts[name], rounded.get(name), target, generator)
+                if missing is not None:
+                    target = follow(layer.weight.detach(), missing, self.options.gptq.follow)
+                self._round(layer, factor, mean, facts[name], rounded.get(name), target, generator)
         walk.finish(self.states(index + 1, new=True))
         if beside is not None:
             beside.finish(self.states(index + 1, "float", new=True))
@@ -321,13 +330,16 @@ class Conversion:
         self,
         layer: torch.nn.Module,
         factor: Factor | None,
-        moment: SecondMoment | None,
+        mean: Tensor | None,
         facts: Facts,
         rounded: QuantizedWeight | None = None,
         target: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        """Write the matrix of a projection in few bits, and note what that did; ``target`` is aimed at in its place."""
+        """Write the matrix of a projection in few bits, and note what that did; ``target`` is aimed at in its place.
+
+        ``mean`` (I, I) is E[x x^T] of what it reads.
+        """
         assert isinstance(layer, SpikingLinear)
         options, scheme, w = self.options, self.options.weights, layer.weight.detach()
         bits: float = 32.0
@@ -359,14 +371,14 @@ class Conversion:
         written = layer.weight.detach()
         marked = layer.salient
         nearest = None
-        if moment is not None and not scheme.off:
-            nearest = _error(w, round_to_nearest(w, scheme).dequantize(), moment)
+        if mean is not None and not scheme.off:
+            nearest = _error(w, round_to_nearest(w, scheme).dequantize(), mean)
         facts.update(
             bits_per_weight=bits,
             weights=w.numel(),
             salient=None if marked is None else float(marked.float().mean()),
             zeros=float((written == 0).float().mean()),
-            error=None if moment is None else _error(w, written, moment),
+            error=None if mean is None else _error(w, written, mean),
             error_nearest=nearest,
         )
 
@@ -485,14 +497,13 @@ def _block(config: SpikeLLMConfig, index: int, params: dict[str, Tensor]) -> Blo
 
 
 def _load(block: Block, params: dict[str, Tensor]) -> None:
-    """Put float parameters into a block; masks and scales stay as they are."""
-    unknown = block.load_state_dict(params, strict=False).unexpected_keys
+    """Have a block hold these very parameters, which others hold too; masks and scales stay as they are."""
+    unknown = block.load_state_dict(params, strict=False, assign=True).unexpected_keys
     assert not unknown, unknown
 
 
-def _error(w: Tensor, written: Tensor, moment: SecondMoment) -> float:
-    """Return the mean squared error of the outputs, as a share of their mean square, on the calibration text."""
-    mean = moment.mean.float()
+def _error(w: Tensor, written: Tensor, mean: Tensor) -> float:
+    """Return the mean squared error of the outputs, as a share of their mean square, where inputs have E[x x^T]."""
 
     def energy(x: Tensor) -> float:
         return float(((x @ mean) * x).sum())

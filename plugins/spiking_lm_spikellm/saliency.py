@@ -45,7 +45,7 @@ class SecondMoment:
     @property
     def hessian(self) -> Tensor:
         """2 E[x x^T]: second derivative of a token's mean squared output error by the weights of a row."""
-        return 2 * self.mean
+        return self.mean.mul_(2)
 
 
 def activation_saliency(weights: Sequence[Tensor], moment: SecondMoment) -> Tensor:
