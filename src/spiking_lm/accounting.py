@@ -34,6 +34,7 @@ from spiking_lm.watch import (
     agree,
     device_of,
     groups,
+    multiplied,
     rows_of,
     vocab_size,
     watching,
@@ -109,6 +110,9 @@ class OpCount:
     op_class: OpClass | None
     """None for operations without a weight matrix."""
     runs_on: Placement
+    steps: float = 1.0
+    """Spike steps per token that were run, where the graph says that it takes several: everything above counts them
+    all, and the dense twin computes the operation once."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,7 @@ class Energy:
     label: str
     synaptic_pj: float
     other_pj: float
-    """The other operations, each priced as one MAC: an upper bound, charged to the twin as well."""
+    """The other operations, each priced as one MAC: an upper bound, charged to the twin as well (one spike step)."""
     ratio: float | None
     ratio_with_other: float | None
 
@@ -188,6 +192,17 @@ class Explanation:
     notes: tuple[str, ...]
 
     @property
+    def additions_per_product(self) -> float | None:
+        """Return the additions that stand for one product of the dense twin, in the matrices that spikes drive.
+
+        It is the firing rate times the spike steps, less what zero weights save; None where spikes drive no matrix.
+        Additions cost less up to ``E_MAC / E_AC`` of them.
+        """
+        driven = [op for op in self.ops if op.op_class in ("AC", "integer-AC")]
+        products = sum(op.dense / op.steps for op in driven)
+        return sum(op.accumulations for op in driven) / products if products else None
+
+    @property
     def answer(self) -> str:
         """Say in one sentence where the spikes are."""
         driven = [self.classes["AC"], self.classes["integer-AC"]]
@@ -224,6 +239,7 @@ class Explanation:
         return {
             "answer": self.answer,
             **dataclasses.asdict(self),
+            "additions_per_product": self.additions_per_product,
             "energy_words": ENERGY_WORDS,
             "energy_constants": constants,
         }
@@ -274,7 +290,8 @@ def explain(model: SpikingLanguageModel, tokens: Any = None, *, sample: str | No
             watch.add_arrived(output.arrived or {})
     watch.check()
     n_tokens, n_samples = rows.numel(), len(rows)
-    ops = tuple(_op_count(op, graph, watch, sites, n_tokens) for op in graph)
+    steps = _steps(graph, watch, n_tokens)
+    ops = tuple(_op_count(op, graph, watch, sites, n_tokens, steps[op.name]) for op in graph)
     site_counts = tuple(_site_count(site, graph, sites) for site in sites.sites.values())
     classes = _classes(ops)
     other_ops: dict[str, int] = defaultdict(int)
@@ -283,7 +300,7 @@ def explain(model: SpikingLanguageModel, tokens: Any = None, *, sample: str | No
             other_ops[op.kind] += op.other_ops
     parameters = _parameter_count(model, watch)
     matrix_weights = sum(p.numel() for p in {id(t.weight): t.weight for t in watch.linears.values()}.values())
-    return Explanation(
+    found = Explanation(
         model=getattr(type(model.config), "model_type", type(model).__name__),
         sample=sample or "the given tokens",
         tokens=n_tokens,
@@ -294,10 +311,11 @@ def explain(model: SpikingLanguageModel, tokens: Any = None, *, sample: str | No
         classes=classes,
         other_ops=dict(other_ops),
         other_parameters=parameters - matrix_weights,
-        spikes_per_token=sum(site.rate * site.channels for site in site_counts),
-        energy=_energy(ops, sum(other_ops.values())),
+        spikes_per_token=sum(float(fired.sum()) for fired in sites.fired.values()) / n_tokens,
+        energy=_energy(ops),
         notes=tuple(watch.notes),
     )
+    return dataclasses.replace(found, notes=(*found.notes, *_break_even(found)))
 
 
 def sample_tokens(vocab_size: int, n: int = 512, *, tokenizer: Any = None) -> tuple[Tensor, str]:
@@ -328,7 +346,37 @@ def sample_tokens(vocab_size: int, n: int = 512, *, tokenizer: Any = None) -> tu
 # --- Counting ---------------------------------------------------------------------------------------------------------
 
 
-def _op_count(op: Op, graph: LMGraph, watch: Watch, sites: SiteTaps, n_tokens: int) -> OpCount:
+def _steps(graph: LMGraph, watch: Watch, n_tokens: int) -> dict[str, float]:
+    """Return in how many spike steps per token each op ran: of matrices as seen, of the others their matrices' mean."""
+    seen = {
+        op.name: watch.linears[op.name].dense / n_tokens / watch.linears[op.name].weight.numel()
+        for op in graph
+        if op.steps > 1 and op.kind == "linear"
+    }
+    mean = sum(seen.values()) / len(seen) if seen else None
+    return {op.name: 1.0 if op.steps == 1 else seen.get(op.name, mean or float(op.steps)) for op in graph}
+
+
+def _break_even(found: Explanation) -> tuple[str, ...]:
+    """Say whether additions are cheaper than the twin's products, where tokens take several spike steps."""
+    additions = found.additions_per_product
+    if additions is None or all(op.steps == 1 for op in found.ops):
+        return ()
+    most = E_MAC / E_AC
+    verdict = "fewer" if additions < most else "MORE"
+    words = (
+        f"spikes make {additions:.2f} additions for each product of the dense twin (firing rate times spike steps); "
+        f"break-even is at {most:.1f}, so that these matrices cost {verdict} picojoules than the twin's"
+    )
+    built = found.energy[1]
+    if built.ratio_with_other is not None and built.ratio_with_other < 1:
+        words += (
+            f". With all operations the model costs {1 / built.ratio_with_other:.2f} times as much as its dense twin"
+        )
+    return (words,)
+
+
+def _op_count(op: Op, graph: LMGraph, watch: Watch, sites: SiteTaps, n_tokens: int, steps: float) -> OpCount:
     declared = graph.input_kinds(op)
     output = sites.streams.get(op.name) or (watch.outputs[op.name] if op.name in watch.outputs else Stream())
     agree(f"graph: op {op.name!r} emits", op.emits, output)
@@ -354,9 +402,10 @@ def _op_count(op: Op, graph: LMGraph, watch: Watch, sites: SiteTaps, n_tokens: i
         effective_acs=tap.effective_acs / n_tokens if tap else 0.0,
         effective_macs=tap.effective_macs / n_tokens if tap else 0.0,
         accumulations=tap.accumulations / n_tokens if tap and op_class != "MAC" else 0.0,
-        other_ops=op.other_ops,
+        other_ops=round(op.other_ops * steps),
         op_class=op_class,
         runs_on=_runs_on(op, op_class),
+        steps=steps,
     )
 
 
@@ -414,27 +463,28 @@ def _classes(ops: tuple[OpCount, ...]) -> dict[OpClass, ClassShare]:
     return shares
 
 
-def _energy(ops: tuple[OpCount, ...], other_ops: int) -> tuple[Energy, ...]:
-    other = other_ops * E_MAC
-    twin = sum(op.dense for op in ops) * E_MAC
+def _energy(ops: tuple[OpCount, ...]) -> tuple[Energy, ...]:
+    other = sum(op.other_ops for op in ops) * E_MAC
+    twin_other = sum(op.other_ops / op.steps for op in ops) * E_MAC
+    twin = sum(op.dense / op.steps for op in ops) * E_MAC
     adds = sum(op.accumulations for op in ops) * E_AC
     real = [op for op in ops if op.op_class == "MAC"]
     built = adds + sum(op.dense for op in real) * E_MAC
     skipping = adds + sum(op.effective_macs * E_MAC + op.effective_acs * E_AC for op in real)
     rows = (
-        ("dense twin, every product a MAC", twin),
-        ("as built, spikes add and real inputs are dense", built),
-        ("as built, zeros of real inputs skipped too", skipping),
+        ("dense twin, every product a MAC", twin, twin_other),
+        ("as built, spikes add and real inputs are dense", built, other),
+        ("as built, zeros of real inputs skipped too", skipping, other),
     )
     return tuple(
         Energy(
             label=label,
             synaptic_pj=pj,
-            other_pj=other,
+            other_pj=more,
             ratio=twin / pj if pj else None,
-            ratio_with_other=(twin + other) / (pj + other) if pj + other else None,
+            ratio_with_other=(twin + twin_other) / (pj + more) if pj + more else None,
         )
-        for label, pj in rows
+        for label, pj, more in rows
     )
 
 
@@ -466,7 +516,12 @@ def _neurobench(
 def _parameter_count(model: nn.Module, watch: Watch) -> int:
     """Count the parameters, and the weights of matrices that are stored packed, in buffers."""
     trained = {p.data_ptr() for p in model.parameters()}
-    packed = [tap.weight for tap in watch.linears.values() if tap.weight.data_ptr() not in trained]
+    packed = [
+        tap.weight
+        for tap in watch.linears.values()
+        if tap.weight.data_ptr() not in trained
+        and (tap.module is None or "weight" not in dict(tap.module.named_parameters(recurse=False)))
+    ]
     return sum(p.numel() for p in model.parameters()) + sum(weight.numel() for weight in packed)
 
 
@@ -489,7 +544,7 @@ def connection_sparsity(model: nn.Module, more: Iterable[Tensor] = ()) -> float:
         if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
             counted: list[Tensor] = list(module.parameters())
         elif isinstance(module, CONNECTIONS):
-            counted = [module.get_parameter("weight")]
+            counted = [multiplied(module)]
         else:
             continue
         weights += sum(w.numel() for w in counted)

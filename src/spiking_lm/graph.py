@@ -44,7 +44,10 @@ class Op:
     dynamics: object | None = None
     """What a ``neuron`` computes, for backends: e.g. :class:`~spiking_lm.interfaces.EGRUDynamics`."""
     other_ops: int = 0
-    """Arithmetic per token that NeuroBench does not count (norms, WKV, mixes, gates), in elementary operations."""
+    """Arithmetic per token that NeuroBench does not count (norms, WKV, mixes, gates), in elementary operations; of one
+    spike step, where a token takes several."""
+    steps: int = 1
+    """Spike steps, at most, in which a token's op is computed anew; the dense twin computes it once."""
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,12 @@ class Stream:
         return self.zeros / self.elements if self.elements else None
 
 
+def multiplied(module: nn.Module) -> Any:
+    """Return the matrix that a layer multiplies with, which need not be the one that it trains (``weights.py``)."""
+    effective = getattr(module, "effective_weight", None)
+    return effective() if callable(effective) else getattr(module, "weight", None)
+
+
 def _rank(x: Tensor) -> int:
     if x.dtype == torch.bool:
         return 0
@@ -128,7 +134,7 @@ class Watch:
         weight: Any = None
         if op.module is not None:
             name = f"{op.module}.weight"
-            weight = getattr(self._module(op.module, op), "weight", None)
+            weight = multiplied(self._module(op.module, op))
         else:
             role = "weight" if "weight" in op.parameters else "weight_t"
             name = op.parameters.get(role, "")

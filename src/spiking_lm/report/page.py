@@ -351,7 +351,7 @@ def _explained(run: Collected) -> dict[str, Any] | None:
         "sample": explanation["sample"],
         "driven": tables.percent(driven),
         "driven_note": "every input of these matrices is a spike" if driven else "no matrix reads spikes of one size",
-        "rate": tables.percent(explanation["spikes_per_token"] / channels) if channels else "–",
+        "rate": tables.percent(sum(site["rate"] * site["channels"] for site in sites) / channels) if channels else "–",
         "rate_note": f"{tables.count(explanation['spikes_per_token'])} spikes per token"
         if channels
         else "nothing spikes",
