@@ -71,6 +71,12 @@ def spiking_lm_tokenizers(register: Register) -> None:
         ("word", "WordConfig", "words:WordTokenizer", "one token per word of the training text"),
         ("bpe", "BPEConfig", "tokenizers:train_bpe", "byte-level BPE, trained on the training text"),
         ("file", "FileConfig", "tokenizers:read_tokenizer_file", "any Hugging Face tokenizer.json"),
+        (
+            "model",
+            "ModelTokenizerConfig",
+            "reduced:model_tokenizer",
+            "that of a model, e.g. of a distillation's teacher",
+        ),
     ):
         register(
             TokenizerSpec(
@@ -110,6 +116,7 @@ def spiking_lm_kernels(register: Register) -> None:
         ("lif_scan", "torch_fast", "leaky integrate-and-fire over time", "chunked, one or two operations per step"),
         ("wkv", "torch_fast", "the RWKV-4 recurrence over time", "chunked, one or two operations per step"),
         ("egru_scan", "torch_egru", "event-based gated recurrent units over time", "one product per step"),
+        ("elastic_scan", "torch_elastic", "elastic bi-spiking neurons over time", "all steps of a piece in the cache"),
         ("gif_linear", "torch_gif", "products of integrate-and-fire counts", "salient channels apart, oneDNN products"),
     ):
         register(
@@ -137,6 +144,7 @@ def spiking_lm_metrics(register: Register) -> None:
         ("bits_per_byte", "bits per UTF-8 byte of the text"),
         ("bits_per_character", "bits per Unicode character of the text"),
         ("perplexity", "exp of the mean negative log-likelihood per token"),
+        ("masked_perplexity", "the same of hidden tokens, predicted from both sides: another quantity"),
         ("accuracy", "share of right guesses, of tokens or of labels"),
         ("macro_f1", "F1 averaged over the classes"),
     ):

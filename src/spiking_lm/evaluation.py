@@ -10,6 +10,9 @@ There are three protocols for text, whose figures are not comparable:
 - blocks: floor(n / window) windows, each from a fresh state and with ``window - 1`` predictions, as the perplexities of
   quantised models are published (2048 tokens). The first token of a block has nothing before it and is not counted;
   what is left at the end of the text is not either.
+
+An encoder, which sees both sides of a token, is scored on hidden tokens instead: that is another quantity, with names
+of its own (``masked_perplexity``), and no protocol makes it comparable to the perplexity of a causal model.
 """
 
 from __future__ import annotations
@@ -31,9 +34,10 @@ from rich.text import Text
 
 from spiking_lm import registry
 from spiking_lm.data import ClipData, LabelledData, TextData
+from spiking_lm.data.masking import HiddenTokens
 from spiking_lm.errors import DataError, UsageError
 from spiking_lm.generation import evaluating
-from spiking_lm.interfaces import SpikingLanguageModel, mean_over_steps
+from spiking_lm.interfaces import SpikingLanguageModel, mean_over_steps, observe
 from spiking_lm.stages import EvaluateConfig
 
 if TYPE_CHECKING:
@@ -56,7 +60,7 @@ class Scores:
     """What a metric sees: one entry per counted token or example."""
 
     task: str
-    """``"text"`` or ``"classification"``."""
+    """``"text"``, ``"masked"`` (hidden tokens of a text) or ``"classification"``."""
     nll: NDArray[np.float64]
     """Negative log-likelihood in nats of what was there."""
     target: NDArray[np.int64]
@@ -82,9 +86,15 @@ def perplexity(scores: Scores) -> dict[str, float]:
     return {"perplexity": float(np.exp(scores.nll.mean()))} if scores.task == "text" else {}
 
 
+def masked_perplexity(scores: Scores) -> dict[str, float]:
+    """exp of the mean negative log-likelihood per hidden token, given the text on both sides of it."""
+    return {"masked_perplexity": float(np.exp(scores.nll.mean()))} if scores.task == "masked" else {}
+
+
 def accuracy(scores: Scores) -> dict[str, float]:
-    """Share of tokens or examples whose most likely guess is right."""
-    return {"accuracy": float((scores.predicted == scores.target).mean())}
+    """Share of tokens or examples whose most likely guess is right; of hidden tokens it is ``masked_accuracy``."""
+    name = "masked_accuracy" if scores.task == "masked" else "accuracy"
+    return {name: float((scores.predicted == scores.target).mean())}
 
 
 def macro_f1(scores: Scores) -> dict[str, float]:
@@ -125,25 +135,31 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score ``model`` on a split; return a JSON-able dict with ``metrics`` and ``protocol``.
 
-    For text and clips also ``activity``, the event rates of a model that has spike sites, measured on what is counted;
-    and for bytes and words ``baselines``, what n-gram models reach, in ``baseline_unit``. With ``config.shuffled`` also
-    ``shuffled``: the perplexity of the same text with its words in another order, and how many times as high that is.
+    For text, clips and encoders also ``activity``, the event rates of a model that has spike sites, measured on what is
+    counted; and for bytes and words ``baselines``, what n-gram models reach, in ``baseline_unit``. With
+    ``config.shuffled`` also ``shuffled``: the perplexity of the same text with its words in another order, and how many
+    times as high that is.
 
     Raises DataError for a split that is empty or too short, UsageError for shuffling what is no text, UnknownNameError
     for an unknown metric.
     """
     activity = Activity()
+    also: dict[str, float] = {}
+    causal = isinstance(data, TextData) and "lm" in model.capabilities
+    if config.shuffled and not causal:
+        what = "is scored on hidden tokens" if isinstance(data, TextData) else "holds no running text"
+        raise UsageError(f"{data.name!r} {what}: there are no words that could be shuffled")
     if isinstance(data, TextData):
         tokens = np.asarray(getattr(data, config.split).tokens[: config.max_tokens]).astype(np.int64)
-        scores, protocol = _score_text(model, data, tokens, config, activity)
+        score = _score_text if causal else _score_masked
+        scores, protocol = score(model, data, tokens, config, activity)
     else:
-        if config.shuffled:
-            raise UsageError(f"{data.name!r} holds no running text whose words could be shuffled")
-        scores, protocol = _score_labelled(model, data, config, activity if isinstance(data, ClipData) else None)
+        scores, protocol, also = _score_labelled(model, data, config, activity)
     names = config.metrics if config.metrics is not None else list(registry.all("metrics"))
     metrics: dict[str, float] = {}
     for name in names:
         metrics.update(registry.get("metrics", name).load("function")(scores))
+    metrics.update(also)
     result: dict[str, Any] = {
         "task": scores.task,
         "split": config.split,
@@ -153,7 +169,7 @@ def evaluate(
     }
     if activity.places:
         result["activity"] = activity.to_dict()
-    if isinstance(data, TextData):
+    if isinstance(data, TextData) and causal:
         if config.shuffled:
             result["shuffled"] = _score_shuffled(model, data, tokens, config, scores)
         if 0 < len(data.train.tokens) <= BASELINE_MAX_TOKENS:
@@ -216,6 +232,54 @@ def _context(tokens: NDArray[np.int64], config: EvaluateConfig) -> str:
         f"window {config.window}, stride {stride}: at least {config.window - stride} tokens of context after the first "
         f"window; state zero at each window's start"
     )
+
+
+def _score_masked(
+    model: SpikingLanguageModel, data: TextData, tokens: NDArray[np.int64], config: EvaluateConfig, activity: Activity
+) -> tuple[Scores, str]:
+    hidden = HiddenTokens(data.tokenizer, config.window, config.mask_rate)
+    nll, target, predicted = score_hidden(model, hidden, tokens, config.batch_size, activity)
+    protocol = (
+        f"{len(nll):,} tokens of the {config.split} split, {config.mask_rate:.0%} of each window of {config.window}, "
+        "predicted from both sides: 80 % of them hidden, 10 % replaced by another, 10 % left as they are (seed 0)"
+    )
+    return Scores("masked", nll, target, predicted), protocol
+
+
+def score_hidden(
+    model: SpikingLanguageModel,
+    hidden: HiddenTokens,
+    tokens: NDArray[np.int64],
+    batch_size: int,
+    activity: Activity | None = None,
+) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
+    """Return the negative log-likelihood (nats), the token and the guess at each place of a text that is hidden.
+
+    The windows of the text do not overlap; which places are hidden depends on the text's length alone.
+    Raises: UsageError for a model without the capability ``mlm``, DataError for a text without a whole window.
+    """
+    if "mlm" not in model.capabilities:
+        raise UsageError(
+            f"{type(model).__name__} predicts no tokens (capabilities: {sorted(model.capabilities)})",
+            hint="an encoder is scored on labelled data, or on text when it has the capability 'mlm'",
+        )
+    if len(tokens) < hidden.room:
+        raise DataError(f"the text has {len(tokens)} tokens, a window holds {hidden.room}", hint="take a smaller one")
+    rows = tokens[: len(tokens) // hidden.room * hidden.room].reshape(-1, hidden.room)
+    batch = hidden.hide(rows, seed=0, index=0)
+    at_once = min(batch_size, max(1, LOGITS_AT_ONCE // (batch.inputs.shape[1] * hidden.vocab_size)))
+    device = next(model.parameters()).device
+    nlls, guesses = [], []
+    with evaluating(model):
+        for first in range(0, len(rows), at_once):
+            some = slice(first, first + at_once)
+            inputs, lengths, places, targets = (torch.from_numpy(part[some]).to(device) for part in batch)
+            logits = model.predict_masked(inputs, lengths)[places].float()
+            nlls.append(F.cross_entropy(logits, targets.flatten(), reduction="none").double().cpu().numpy())
+            guesses.append(logits.argmax(-1).cpu().numpy())
+            if activity is not None and model.spike_sites():
+                activity.add(observe(model, inputs, lengths).spikes or {}, inputs.shape[1])
+    return np.concatenate(nlls), batch.targets.flatten(), np.concatenate(guesses)
 
 
 def shuffle_words(text: str, seed: int = 0) -> str:
@@ -310,17 +374,21 @@ def _windows(n: int, config: EvaluateConfig) -> Iterator[tuple[list[int], int, i
 
 
 def _score_labelled(
-    model: SpikingLanguageModel, data: LabelledData | ClipData, config: EvaluateConfig, activity: Activity | None
-) -> tuple[Scores, str]:
+    model: SpikingLanguageModel, data: LabelledData | ClipData, config: EvaluateConfig, activity: Activity
+) -> tuple[Scores, str, dict[str, float]]:
     examples: Sequence[Example | Clip] = getattr(data, config.split)
     if not examples:
         raise DataError(f"the {config.split} split is empty")
-    logits = classify_examples(model, data, examples, config.window, config.batch_size, activity)
+    also: dict[str, torch.Tensor] = {}
+    watched = activity if isinstance(data, ClipData) or "encode" in model.capabilities else None
+    logits = classify_examples(model, data, examples, config.window, config.batch_size, watched, also)
     labels = torch.tensor([example.label for example in examples])
     nll = F.cross_entropy(logits, labels, reduction="none")
     unit = "frames" if isinstance(data, ClipData) else "tokens"
     protocol = f"{len(examples):,} examples of the {config.split} split, cut at {config.window} {unit}"
-    return Scores("classification", nll.double().numpy(), labels.numpy(), logits.argmax(-1).numpy()), protocol
+    scores = Scores("classification", nll.double().numpy(), labels.numpy(), logits.argmax(-1).numpy())
+    others = {f"accuracy ({name})": float((other.argmax(-1) == labels).double().mean()) for name, other in also.items()}
+    return scores, protocol, others
 
 
 def classify_examples(
@@ -330,30 +398,45 @@ def classify_examples(
     limit: int,
     batch_size: int,
     activity: Activity | None = None,
+    also: dict[str, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Return class logits ``(len(examples), num_classes)``, batching examples of similar length.
 
-    ``examples`` are some of ``data``, each cut at ``limit`` tokens or frames. ``activity`` is for clips, whose scores
-    follow every frame: it is told the spikes at the true ones.
+    ``examples`` are some of ``data``, each cut at ``limit`` tokens or frames. ``activity``, for clips and encoders, is
+    told the spikes at the true ones. ``also`` is filled with the logits of :meth:`SpikingLanguageModel.classify_also`.
     """
     order = sorted(range(len(examples)), key=lambda i: data.length(examples[i]))
     device = next(model.parameters()).device
-    rows: list[torch.Tensor | None] = [None] * len(examples)
+    parts: dict[str, list[torch.Tensor]] = {}
     with evaluating(model):
         for first in range(0, len(order), batch_size):
-            chosen = order[first : first + batch_size]
-            batch = data.batch([examples[i] for i in chosen], limit)
+            batch = data.batch([examples[i] for i in order[first : first + batch_size]], limit)
             inputs, lengths = (torch.from_numpy(part).to(device) for part in batch)
-            if activity is None:
-                logits = model.classify(inputs, lengths)
+            readings = {} if also is None else model.classify_also(inputs, lengths)
+            if activity is None or not model.spike_sites():
+                readings[""] = model.classify(inputs, lengths)
             else:
-                output = model(inputs, return_spikes=True)
-                logits = mean_over_steps(output.logits, lengths)
+                readings[""], spikes = _classify_watched(model, inputs, lengths)
                 true = torch.arange(inputs.shape[1], device=device) < lengths[:, None]
-                activity.add({site: spikes[true][None] for site, spikes in output.spikes.items()}, int(true.sum()))
-            for i, row in zip(chosen, logits.float().cpu(), strict=True):
-                rows[i] = row
-    return torch.stack([row for row in rows if row is not None])
+                activity.add({site: values[true][None] for site, values in spikes.items()}, int(true.sum()))
+            for name, logits in readings.items():
+                parts.setdefault(name, []).append(logits.float().cpu())
+    back = torch.tensor(order).argsort()
+    found = {name: torch.cat(rows)[back] for name, rows in parts.items()}
+    if also is not None:
+        also.update({name: rows for name, rows in found.items() if name})
+    return found[""]
+
+
+def _classify_watched(
+    model: SpikingLanguageModel, inputs: torch.Tensor, lengths: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return class logits and the spikes that led to them, from one pass."""
+    if "encode" in model.capabilities:
+        encoding = model.encode(inputs, lengths, return_spikes=True)
+        return model.classify_pooled(encoding.pooled), encoding.spikes or {}
+    output = model(inputs, return_spikes=True)
+    return mean_over_steps(output.logits, lengths), output.spikes or {}
 
 
 def render(result: dict[str, Any]) -> RenderableType:

@@ -40,6 +40,60 @@ class ScheduleConfig(StrictModel):
     """wsd only: the curve of the final decay."""
 
 
+class ObjectiveConfig(StrictModel):
+    """What is learned from a text."""
+
+    type: Literal["next_token", "masked"] = "next_token"
+    """next_token: every token from those before it. masked: some tokens from those on both sides, for encoders."""
+    rate: float = Field(default=0.15, gt=0, lt=1)
+    """masked only: share of the tokens that is predicted; 80 % of them are hidden, 10 % become another token, 10 % stay
+    as they are (Devlin et al., arXiv 1810.04805)."""
+
+
+DISTILLATION_LOSSES = ("representation", "attention", "pooled", "prediction", "labels")
+
+
+class PhaseConfig(StrictModel):
+    """A part of a distillation: how much each loss weighs. Sums and means are as in docs/distillation.md."""
+
+    share: float = Field(default=1.0, gt=0)
+    """Of the steps: what this phase takes, against the shares of the others."""
+    representation: float = Field(default=0.0, ge=0)
+    """Squared distance of the hidden states to those of the teacher's layers."""
+    attention: float = Field(default=0.0, ge=0)
+    """Squared distance of the attention scores."""
+    pooled: float = Field(default=0.0, ge=0)
+    """1 - cosine between what is pooled of a text."""
+    prediction: float = Field(default=0.0, ge=0)
+    """Cross-entropy to the teacher's probabilities of the classes."""
+    labels: float = Field(default=0.0, ge=0)
+    """Cross-entropy to the true labels."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Of ``prediction``: both sides' logits are divided by it."""
+
+    @model_validator(mode="after")
+    def _learns_something(self) -> PhaseConfig:
+        if not any(self.weights().values()):
+            raise ValueError("a phase needs a loss that weighs more than 0")
+        return self
+
+    def weights(self) -> dict[str, float]:
+        """Return the weight of every loss, by name."""
+        return {name: getattr(self, name) for name in DISTILLATION_LOSSES}
+
+
+class DistillConfig(StrictModel):
+    """Distillation: what a teacher, an encoder of ours, makes of the same tokens is to be learned."""
+
+    teacher: str | None = None
+    """A model folder, or a run. A recipe that is made for any teacher leaves it out; a run needs it."""
+    phases: list[PhaseConfig] = Field(min_length=1)
+    """One after the other, over the steps of the stage."""
+    embedding: Literal["own", "pca"] = "own"
+    """Where the student's embedding table begins. own: at random. pca: at the principal components of the teacher's,
+    which tells it what words mean: compare it with models that are told so too."""
+
+
 class TrainConfig(StrictModel):
     """The training stage."""
 
@@ -54,6 +108,15 @@ class TrainConfig(StrictModel):
     top to bottom in windows of ``seq_len``, the state carried from window to window (truncated backpropagation)."""
     jitter: bool = False
     """stream only: windows of random length around ``seq_len`` (Merity et al., arXiv 1708.02182)."""
+    start: str | None = None
+    """A model folder, or a run, whose weights are the first ones, wherever names and shapes agree: a head for another
+    task begins at random. The tokens must be the same: ``data.tokenizer: {type: model}``."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """What is learned from a text. Labelled data have their labels."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Labelled data only: share of the probability that is spread over all classes."""
+    distill: DistillConfig | None = None
+    """Also, or instead, learn from a teacher."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs matrix products in bfloat16 under autocast; weights, states and norms stay fp32."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -72,9 +135,13 @@ class TrainConfig(StrictModel):
     """CPU threads for torch; None leaves torch's choice."""
 
     @model_validator(mode="after")
-    def _jitter_needs_a_stream(self) -> TrainConfig:
+    def _fits_together(self) -> TrainConfig:
         if self.jitter and self.sampling != "stream":
             raise ValueError("jitter is for sampling: stream")
+        if self.sampling == "stream" and (self.objective.type == "masked" or self.distill is not None):
+            raise ValueError("sampling: stream carries the state of a causal model; an encoder has none")
+        if self.objective.type == "masked" and self.distill is not None:
+            raise ValueError("objective: masked and distill both say what is learned from a text: leave one out")
         return self
 
 
@@ -113,6 +180,8 @@ class EvaluateConfig(StrictModel):
     """Windows scored at once, at most."""
     max_tokens: int | None = Field(default=None, gt=0)
     """Score only the first so many tokens of the split."""
+    mask_rate: float = Field(default=0.15, gt=0, lt=1)
+    """Encoders on text only: share of the tokens that is hidden and predicted."""
     shuffled: bool = False
     """Also score the text with its words in another order, which a model that cannot look ahead must find harder."""
     metrics: list[str] | None = None

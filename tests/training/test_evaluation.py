@@ -271,6 +271,7 @@ class _Cheat(torch.nn.Module):
             table[before, after] = 8.0
         self.table = torch.nn.Parameter(table)
         self.config = type("Config", (), {"vocab_size": 256})()
+        self.capabilities = frozenset({"lm"})
 
     def spike_sites(self) -> list[Any]:
         return []

@@ -122,12 +122,36 @@ class BPEConfig(TokenizerConfig):
     """Tokens in all, the 256 bytes included; fewer when the text has no more pairs to merge."""
     min_frequency: int = Field(default=2, ge=1)
     """How often a pair must occur to be merged."""
+    mask: bool = False
+    """Whether there is a token ``[MASK]``, for masked language modelling."""
 
 
 class FileConfig(TokenizerConfig):
     """A tokenizer.json of the Hugging Face ``tokenizers`` library."""
 
     path: Path
+
+
+class ModelTokenizerConfig(TokenizerConfig):
+    """The tokenizer of a model folder or a run."""
+
+    path: Path | None = None
+    """None, in a recipe: the model that the train stage starts from, else the teacher."""
+    keep: Literal["all", "seen"] = "all"
+    """seen: only the tokens that the training text has, and the special ones, numbered anew in the same order. What is
+    left out becomes the unknown token."""
+    base: dict[str, Any] | None = None
+    """The tokenizer.json of the whole vocabulary, where one was reduced; None reads ``path``."""
+    kept: list[int] | None = None
+    """The tokens of the whole vocabulary that are kept, in the order of the ids; None takes them from the text."""
+
+    @model_validator(mode="after")
+    def _whole_or_none(self) -> ModelTokenizerConfig:
+        if (self.base is None) != (self.kept is None):
+            raise ValueError("base and kept describe a reduced vocabulary together")
+        if self.kept is not None and sorted(set(self.kept)) != self.kept:
+            raise ValueError("kept must rise")
+        return self
 
 
 class WordConfig(TokenizerConfig):
@@ -142,6 +166,8 @@ class WordConfig(TokenizerConfig):
     """Whether a line end is the token ``<eos>``, as in the published figures on PTB and WikiText; else white space."""
     vocab_from: Literal["train", "all"] = "train"
     """The text whose words count: training text, or all three texts in the order train, valid, test."""
+    mask: bool = False
+    """Whether there is a token ``<mask>``, for masked language modelling."""
     words: list[str] | None = None
     """The vocabulary, in the order of the ids, ``<unk>`` included; None takes it from the text."""
 

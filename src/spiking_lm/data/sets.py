@@ -120,8 +120,13 @@ class LabelledData:
         return len(example.text)
 
     def batch(self, examples: Sequence[Example], limit: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return token ids padded on the right, ``(B, S)``, and true lengths ``(B,)``, at most ``limit``."""
-        encoded = [self.tokenizer.encode(example.text)[:limit] for example in examples]
+        """Return token ids padded on the right, ``(B, S)``, and true lengths ``(B,)``, at most ``limit``.
+
+        A text that is too long is cut; what the tokenizer puts ``around`` it stays.
+        """
+        before, after = (np.array(ids, np.int64) for ids in self.tokenizer.around)
+        room = max(0, limit - len(before) - len(after))
+        encoded = [np.concatenate([before, self.tokenizer.encode(e.text)[:room], after])[:limit] for e in examples]
         return pad_batch(encoded, self.tokenizer.pad_id)
 
     def describe(self) -> dict[str, Any]:

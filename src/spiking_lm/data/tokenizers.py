@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import functools
 import hashlib
+import itertools
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -53,6 +54,10 @@ class Tokenizer(ABC):
     pad_id: int | None = None
     unk_id: int | None = None
     """The token that stands for what the vocabulary lacks."""
+    mask_id: int | None = None
+    """The token that stands for one that is hidden."""
+    around: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    """The tokens that an encoder reads before and after a text, such as ``[CLS]`` and ``[SEP]``."""
     bytes_add_up: bool = False
     """Whether the bytes of a sequence are the bytes of its tokens one after the other, whatever their neighbours."""
     lossless: bool = True
@@ -224,7 +229,11 @@ class SubwordTokenizer(Tokenizer):
         self.vocab_size = max(vocabulary.values()) + 1
         self.eos_id = _first(vocabulary, "<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>")
         self.pad_id = _first(vocabulary, "<pad>", "[PAD]", "<|padding|>", "<|pad|>")
+        self.unk_id = _first(vocabulary, "[UNK]", "<unk>")
+        self.mask_id = _first(vocabulary, "[MASK]", "<mask>")
+        self.around = _template(backend)
         layout = json.loads(backend.to_str())
+        self.lossless = layout["model"]["type"] != "WordPiece"  # capitals and spaces are lost
         self.bytes_add_up = (layout.get("decoder") or {}).get("type") == "ByteLevel"
         self._can_cut = self.bytes_add_up and _splits_at_spaces(layout)
         self._token_bytes = self._byte_table(vocabulary) if self.bytes_add_up else []
@@ -273,6 +282,15 @@ class SubwordTokenizer(Tokenizer):
         """Return the library's JSON."""
         text: str = self._backend.to_str(pretty=True)
         return text
+
+
+def _template(backend: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the special tokens that the tokenizer's own template puts before and after a text."""
+    encoding = backend.encode("a")
+    special = encoding.special_tokens_mask
+    before = len(list(itertools.takewhile(bool, special)))
+    after = len(list(itertools.takewhile(bool, reversed(special[before:]))))
+    return tuple(encoding.ids[:before]), tuple(encoding.ids[len(special) - after :])
 
 
 def _first(vocabulary: dict[str, int], *names: str) -> int | None:
@@ -349,6 +367,7 @@ def train_bpe(config: BPEConfig, texts: Iterable[str]) -> SubwordTokenizer:
         vocab_size=config.vocab_size,
         min_frequency=config.min_frequency,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=["[MASK]"] if config.mask else [],
         show_progress=False,
     )
     backend.train_from_iterator(_cut_at_words(_valid(texts), ENCODED_AT_ONCE), trainer)
@@ -410,7 +429,11 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     path = Path(path)
     if path.is_dir():
         path = path / "tokenizer.json"
-    text = _read_json_text(path)
+    return parse_tokenizer(_read_json_text(path), path)
+
+
+def parse_tokenizer(text: str, path: Path) -> Tokenizer:
+    """Build a tokenizer from the text of its file; ``path`` is what errors name."""
     try:
         content = json.loads(text)
     except json.JSONDecodeError as err:

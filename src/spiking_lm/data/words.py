@@ -13,7 +13,7 @@ from spiking_lm.data.sources import encode_utf8
 from spiking_lm.data.tokenizers import PIECE, Ids, Tokenizer, Tokens, token_dtype
 from spiking_lm.errors import ConfigError
 
-UNKNOWN, LINE_END = "<unk>", "<eos>"
+UNKNOWN, LINE_END, MASK = "<unk>", "<eos>", "<mask>"
 
 _WORDS_AND_MARKS = r"[^\W_]+(?:['’][^\W_]+)*|[^\w\s]|_"
 """Letters and digits, apostrophes between them included (don't), and every other visible character by itself."""
@@ -35,19 +35,20 @@ class WordTokenizer(Tokenizer):
 
     def __init__(self, config: WordConfig, texts: Iterable[str] = ()) -> None:
         self._lowercase, self._eos = config.lowercase, config.eos
-        specials = "|".join([UNKNOWN, LINE_END] if config.eos else [UNKNOWN])
+        self._specials = [UNKNOWN, *([LINE_END] if config.eos else []), *([MASK] if config.mask else [])]
+        specials = "|".join(self._specials)
         pattern = r"\S+" if config.split == "whitespace" else f"{specials}|{_WORDS_AND_MARKS}"
         self._find = re.compile(pattern).findall
         self._marks = config.split == "punctuation"
         words = config.words if config.words is not None else self._learn(texts, config.min_count)
         self.config: WordConfig = WordConfig(
-            words=words, lowercase=config.lowercase, split=config.split, eos=config.eos
+            words=words, lowercase=config.lowercase, split=config.split, eos=config.eos, mask=config.mask
         )
         self._words = words
         self._ids = {word: index for index, word in enumerate(words)}
         self.vocab_size = len(words)
-        if UNKNOWN not in self._ids or (config.eos and LINE_END not in self._ids):
-            needed = f"{UNKNOWN!r} and {LINE_END!r}" if config.eos else repr(UNKNOWN)
+        if not all(word in self._ids for word in self._specials):
+            needed = " and ".join(map(repr, self._specials))
             raise ConfigError(f"tokenizer 'word': words must have {needed}")
         if (odd := next((word for word in words if self._cut(word) != [word]), None)) is not None:
             raise ConfigError(
@@ -56,6 +57,7 @@ class WordTokenizer(Tokenizer):
             )
         self.unk_id = self._ids[UNKNOWN]
         self.eos_id = self._ids[LINE_END] if config.eos else None
+        self.mask_id = self._ids[MASK] if config.mask else None
 
     def _cut(self, text: str) -> list[str]:
         text = text.lower() if self._lowercase else text
@@ -73,9 +75,8 @@ class WordTokenizer(Tokenizer):
         for text in self.pieces(texts):
             encode_utf8(text)
             counts.update(self._cut(text))
-        needed = [UNKNOWN, LINE_END] if self._eos else [UNKNOWN]
-        words = [word for word, n in counts.items() if n >= min_count or word in needed]
-        return words + [word for word in needed if word not in counts]
+        words = [word for word, n in counts.items() if n >= min_count or word in self._specials]
+        return words + [word for word in self._specials if word not in counts]
 
     def encode(self, text: str) -> Tokens:
         """Return one id per word and, with ``eos``, one per line end."""
