@@ -18,6 +18,8 @@ from spiking_lm_spikellm.saliency import weight_saliency
 
 HIGH_BITS = 8
 """Of a salient weight."""
+Low = Literal["xnor", "sign", "prune"]
+"""What becomes of the weights that are not salient."""
 _GRID_BITS = 3 * 16 + HIGH_BITS
 """Of a row of a group: mean and scale of one-bit weights and scale of salient ones in float16, and a zero point."""
 
@@ -44,6 +46,7 @@ def pb_llm(
     *,
     low_frac: float = 0.95,
     metric: Literal["hessian", "magnitude"] = "hessian",
+    low: Low = "xnor",
     act_order: bool = True,
     group_size: int | None = 64,
     damp: float = 0.01,
@@ -53,7 +56,8 @@ def pb_llm(
     """Give the share ``low_frac`` of the weights of each group of columns one bit, and the others eight.
 
     ``metric`` ranks weights by w^2 / U_jj^2 or by size. A weight of one bit is m + a or m - a, with mean m and mean
-    distance a of those of its row and group. ``released_mean`` counts salient weights as zeros in both, as the released
+    distance a of those of its row and group; ``low`` sign is the mean of the positive ones or zero instead, prune always
+    zero, as the released code has them too: much worse, and for parity. ``released_mean`` counts salient weights as zeros in both, as the released
     code does by mistake, which shrinks a. ``hessian``, ``act_order``, ``damp`` and ``block`` are as of
     :func:`spiking_lm_spikellm.gptq.gptq`. The defaults are the best setting found on SmolLM2-135M; released are groups
     of 128 columns in their natural order.
@@ -62,21 +66,23 @@ def pb_llm(
     outputs, inputs = w.shape
     columns = w.detach().float().masked_fill(factor.dead, 0).T[factor.order].contiguous()
     group_size = min(group_size or inputs, inputs)
-    rounder = _OneBitOrEight(factor, low_frac, metric, released_mean)
+    rounder = _OneBitOrEight(factor, low_frac, metric, low, released_mean)
     rounded, loss = compensate(columns, factor.upper, rounder, group_size=group_size, block=block)
     back = factor.order.argsort()
     salient = torch.cat(rounder.salient)[back].T.contiguous()
-    equal_steps = 1 + (HIGH_BITS - 1) * float(salient.double().mean())
+    low_bits, share = 0 if low == "prune" else 1, float(salient.double().mean())
+    equal_steps = low_bits + (HIGH_BITS - low_bits) * share
     beside = 1 + _GRID_BITS * len(rounder.salient) / inputs + (16 / outputs if factor.act_order else 0)
     found = rounded[back].T.contiguous()
     return PBSolution(found, salient, equal_steps + beside, equal_steps, loss, factor.damp)
 
 
 class _OneBitOrEight:
-    """Rounds to m - a or m + a, or salient weights to 256 levels."""
+    """Rounds to one of two values, or salient weights to 256 levels."""
 
-    def __init__(self, factor: Factor, low_frac: float, metric: str, released_mean: bool) -> None:
-        self._factor, self._low_frac, self._metric, self._released_mean = factor, low_frac, metric, released_mean
+    def __init__(self, factor: Factor, low_frac: float, metric: str, low: Low, released_mean: bool) -> None:
+        self._factor, self._low_frac, self._metric, self._low = factor, low_frac, metric, low
+        self._released_mean = released_mean
         self._dead = factor.dead[factor.order].tolist()
         self._first = 0
         self.salient: list[Tensor] = []
@@ -93,14 +99,19 @@ class _OneBitOrEight:
         counted = torch.full_like(low, self._released_mean).logical_or_(low)
         count = counted.sum(0).clamp(min=1)
         shown = columns * low
-        self._mean = shown.sum(0) / count
-        self._distance = ((shown - self._mean).abs() * counted).sum(0) / count
+        mean = shown.sum(0) / count
+        distance = ((shown - mean).abs() * counted).sum(0) / count
+        if self._low == "xnor":
+            self._middle, self._below, self._above = mean, mean - distance, mean + distance
+        else:
+            self._middle = self._below = torch.zeros_like(mean)
+            self._above = self._middle if self._low == "prune" else shown.clamp(min=0).sum(0) / count
         self._grid: Grid = weight_grid(columns.T, WeightScheme(bits=HIGH_BITS), with_zero=True)
 
     def round(self, column: Tensor, index: int) -> Tensor:
         if self._dead[index]:
             return torch.zeros_like(column)
-        low = self._mean + self._distance * (column - self._mean).sign()
+        low = torch.where(column > self._middle, self._above, self._below)
         scale, zero = (part.squeeze(1) for part in self._grid)
         high = (column / scale).round_().clamp_(-zero, 2**HIGH_BITS - 1 - zero).mul_(scale)
         return torch.where(self.salient[-1][index - self._first], high, low)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from spiking_lm.quantization import (
     Grid,
+    _by_group,
+    _FakeQuantize,
     decode,
     encode,
     fake_quantize_weight,
@@ -64,6 +66,34 @@ def test_grids_values_and_gradients(
             _close(tensor.grad, quantizer[f"{key}_{name}"].view(tensor.shape))
 
 
+@pytest.mark.parametrize("clipped", [False, True], ids=["whole", "clipped"])
+@pytest.mark.parametrize("group", [None, 16])
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_zero_point_that_is_disabled_is_one_in_the_middle(
+    quantizer: dict[str, Tensor], bits: int, symmetric: bool, group: int | None, clipped: bool
+) -> None:
+    """No scheme of ours has it: around zero, the range that an asymmetric scale stands for is cut off at one end."""
+    key = f"w_n{bits}_sym{int(symmetric)}_dz1_g{group or 0}_lwc{int(clipped)}"
+    scheme = WeightScheme(bits=bits, symmetric=symmetric, group_size=group)
+    w = quantizer["W"].clone().requires_grad_()
+    groups = (8, 32 // (group or 32))
+    logits = [quantizer[f"{key}_{end}"].view(groups).requires_grad_() for end in ("up", "low")] if clipped else []
+    scale = weight_grid(w, scheme, **dict(zip(("upper", "lower"), logits, strict=False))).scale
+    _close(scale, quantizer[f"{key}_scale"].view(groups))
+    assert quantizer[f"{key}_zp"].isnan().all()  # there is none
+    grid = Grid(scale, torch.full_like(scale, 2 ** (bits - 1)))
+    parts = [_FakeQuantize.apply(*part, 2**bits - 1).flatten(1) for part in _by_group(w, grid, scheme)]
+    values = torch.cat(parts, 1)
+    _close(values, quantizer[f"{key}_y"])
+    _close(decode(encode(w, grid, scheme), grid, scheme), values)
+    if bits == 4:
+        (values * quantizer["W_cot"]).sum().backward()
+        for name, tensor in zip(("gW", "gup", "glow"), (w, *logits), strict=False):
+            assert tensor.grad is not None
+            _close(tensor.grad, quantizer[f"{key}_{name}"].view(tensor.shape))
+
+
 def test_default_logits_a_ragged_group_and_ties(quantizer: dict[str, Tensor]) -> None:
     initial = quantizer["w_lwcinit_up"]
     _close(fake_quantize_weight(quantizer["W"], WeightScheme(bits=4), initial, initial), quantizer["w_lwcinit_y"])
@@ -73,7 +103,7 @@ def test_default_logits_a_ragged_group_and_ties(quantizer: dict[str, Tensor]) ->
     assert torch.equal(round_to_nearest(quantizer["half_x"], WeightScheme(bits=4)).dequantize(), quantizer["half_y"])
 
 
-@pytest.mark.parametrize("case", ["w4", "w4sym", "w3", "w2", "w4mse", "tritsym"])
+@pytest.mark.parametrize("case", ["w4", "w4sym", "w3", "w2", "w3act", "w4b8", "w4damp", "w4mse", "tritsym"])
 def test_gptq_grids(shared: Path, case: str) -> None:
     golden = _load(shared, "gptq")
     with np.load(shared / "golden" / "spikellm" / "gptq.npz") as file:

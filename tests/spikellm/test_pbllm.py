@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,32 +18,53 @@ from spiking_lm_spikellm.pbllm import pb_llm
 from spiking_lm_spikellm.saliency import SecondMoment
 
 
-@pytest.mark.parametrize("metric", ["magnitude", "hessian"])
-@pytest.mark.parametrize("low_frac", [0.5, 0.9])
-def test_as_released(shared: Path, metric: str, low_frac: float) -> None:
+@pytest.fixture(scope="module")
+def golden(shared: Path) -> dict[str, Any]:
     with np.load(shared / "golden/spikellm/pbllm.npz") as arrays:
-        golden = {name: torch.from_numpy(arrays[name]) for name in arrays.files if name != "cases"}
-        cases = json.loads(str(arrays["cases"]))
-    case = f"xnor_{metric}_{low_frac}"
+        found: dict[str, Any] = {name: torch.from_numpy(arrays[name]) for name in arrays.files if name != "cases"}
+        found |= {f"{name}_case": case for name, case in json.loads(str(arrays["cases"])).items()}
+    return found
+
+
+WAYS, METRICS, LOW = ("xnor", "xnor_rtn", "sign", "prune"), ("magnitude", "hessian"), (0.5, 0.9)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("low_frac", LOW)
+def test_as_released(golden: dict[str, Any], way: str, metric: Any, low_frac: float) -> None:
+    low, _, alone = way.partition("_")
+    name = f"{low}_{metric}_{low_frac}" + (f"_{alone}" if alone else "")
+    case = golden[f"{name}_case"]
     hessian = 2 * sum(x.double().T @ x.double() for x in golden["X"]) / len(golden["X"])
     assert isinstance(hessian, Tensor)
+    factor = factorize(hessian, act_order=False, damp=case["percdamp"])
+    if alone:  # round to nearest: with nothing beside its diagonal, U spreads no error
+        factor = replace(factor, upper=torch.diag(factor.upper.diagonal()))
     found = pb_llm(
         golden["W"],
-        hessian,
+        factor,
         low_frac=low_frac,
-        metric="magnitude" if metric == "magnitude" else "hessian",
-        act_order=False,
+        metric=metric,
+        low=case["method"],
         group_size=None,
-        damp=cases[case]["percdamp"],
-        block=cases[case]["blocksize"],
+        block=case["blocksize"],
         released_mean=True,
     )
-    assert torch.equal(found.salient, ~golden[f"{case}_mask_low"])
     alive = torch.arange(64) != 7  # the dead input: any weight will do, and ours is zero
-    same = (found.weight - golden[f"{case}_Q"]).abs()[:, alive] <= 1e-5
+    assert torch.equal(found.salient, ~golden[f"{name}_mask_low"])
+    same = (found.weight - golden[f"{name}_Q"]).abs()[:, alive] <= 1e-5
     assert float(same.float().mean()) >= 0.99
-    assert found.loss == pytest.approx(float(golden[f"{case}_error"]), rel=0.01)
+    if not alone:  # which has no loss there
+        assert found.loss == pytest.approx(float(golden[f"{name}_error"]), rel=0.01)
     assert (found.weight[:, 7] == 0).all()
+
+
+def test_every_released_case_is_among_these(golden: dict[str, Any]) -> None:
+    cases = {name.removesuffix("_case") for name in golden if name.endswith("_case")}
+    expected = {f"{way.split('_')[0]}_{metric}_{low}" for way in WAYS for metric in METRICS for low in LOW}
+    expected |= {f"xnor_{metric}_{low}_rtn" for metric in METRICS for low in LOW}
+    assert cases == expected
 
 
 def problem(seed: int = 0, rows: int = 24, inputs: int = 160) -> tuple[Tensor, Tensor]:
@@ -68,6 +91,13 @@ def test_one_bit_weights_have_the_mean_and_distance_of_their_own() -> None:
         want = torch.where(low > mean, mean + distance, mean - distance)
         torch.testing.assert_close(row[~salient], want, rtol=1e-4, atol=1e-5)
         assert (row[salient] - given[salient]).abs().max() <= (given.max() - given.min()) / 255 / 2 + 1e-6
+
+
+def test_pruned_weights_have_no_step() -> None:
+    w, hessian = problem(5)
+    found = pb_llm(w, hessian, low_frac=0.9, low="prune")
+    assert found.equal_steps == pytest.approx(8 * float((found.weight != 0).double().mean()), abs=0.02)
+    assert found.loss > pb_llm(w, hessian, low_frac=0.9, low="sign").loss > pb_llm(w, hessian, low_frac=0.9).loss
 
 
 def test_what_is_stored_is_counted() -> None:
