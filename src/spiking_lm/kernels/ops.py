@@ -190,6 +190,52 @@ def egru_scan(
     return y, c, o
 
 
+def elastic_scan(
+    x: Tensor,
+    alpha: Tensor,
+    carried: Tensor | None = None,
+    *,
+    beta: float = 0.25,
+    bits: Literal[1, 2] = 2,
+    reset: Literal["asymmetric", "symmetric"] = "asymmetric",
+    final: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Run elastic bi-spiking neurons over time: ``x (T, ...)``, ``alpha (T,)`` -> ``(spikes (T, ...), carried (...))``.
+
+    ``alpha`` holds one amplitude per step, for all neurons. With ``A_t = max(alpha_t, 1e-5)``, per step::
+
+        m_t = x_t + r_{t-1}
+        s_t = A_t clip(round_half_to_even(m_t / A_t), -1, 1)      bits=2: fires where |m_t| > A_t / 2
+        s_t = A_t sign(m_t)                                       bits=1
+        r_t = beta (alpha_t - s_t) m_t                            reset="symmetric": beta (alpha_t - |s_t|) m_t
+
+    So a positive spike wipes the membrane, and a negative one doubles what silence would leave of it; symmetric, either
+    one wipes it. ``carried`` is ``r``, before the first step (None: zeros) and, unless ``final=False``, after the last.
+    Gradients reach ``x`` and ``carried``: ``ds/dm`` is 1 where ``|m_t| <= A_t`` and 0 elsewhere, and the factors of m
+    in ``r`` are constants. They reach ``alpha`` where it requires one, from the spikes as of a learned step size:
+    ``sum(g slope) / sqrt(n)``, with the sign of m as the slope outside the window and ``round(m/A) - m/A`` in it.
+    Inside, all is float32, or float64 if an input is; spikes have the dtype of ``x``, and are NaN where a membrane is.
+    Source: Xing et al., arXiv 2406.03287.
+    """
+    if not x.dtype.is_floating_point or x.dim() == 0:
+        raise UsageError(f"elastic_scan: x must be a floating-point tensor (T, ...), not {x.dtype} {tuple(x.shape)}")
+    if alpha.shape != x.shape[:1]:
+        raise UsageError(
+            f"elastic_scan: alpha has shape {tuple(alpha.shape)}, but x {tuple(x.shape)} needs {tuple(x.shape[:1])}",
+            hint="time is the first dimension of x; transpose batch-first inputs",
+        )
+    if carried is not None and carried.shape != x.shape[1:]:
+        raise UsageError(
+            f"elastic_scan: carried has shape {tuple(carried.shape)}, but x {tuple(x.shape)} needs {tuple(x.shape[1:])}"
+        )
+    if bits not in (1, 2) or reset not in ("asymmetric", "symmetric"):
+        raise UsageError(
+            f"elastic_scan: bits is 1 or 2 and reset 'asymmetric' or 'symmetric', not {bits!r} and {reset!r}"
+        )
+    spikes, carried = call("elastic_scan", x, alpha, carried, beta=beta, bits=bits, reset=reset, final=final)
+    return spikes, carried
+
+
 def gif_linear(
     x: Tensor,
     weight: Tensor,

@@ -258,3 +258,51 @@ def _gif_grid(x: Tensor, scale: Tensor | None, top: int) -> tuple[Tensor, Tensor
     unit = ((greatest - least) / top).clamp(min=1e-5)
     unit = torch.where(greatest > least, unit, least.abs().clamp(min=torch.finfo(x.dtype).tiny))
     return unit, torch.round(-least / unit).detach()
+
+
+LEAST_AMPLITUDE = 1e-5
+"""What an elastic neuron emits at least, when it fires."""
+
+
+def amplitude_gradient(g: Tensor, q: Tensor, bits: int) -> Tensor:
+    """Return the gradient of one amplitude from those of its spikes ``g`` and its membranes ``q``, in amplitudes.
+
+    As of a learned step size (Esser et al., arXiv 1902.08153), scaled by 1/sqrt of their number.
+    """
+    slope = q.sign() if bits == 1 else torch.where(q.abs() > 1, q.sign(), q.round() - q)
+    return (g * slope).sum() / max(q.numel(), 1) ** 0.5
+
+
+class _ElasticSpike(torch.autograd.Function):
+    """Spikes of -A, 0 and A, rounded half to even; straight through while the membrane is within +-A."""
+
+    @staticmethod
+    def forward(ctx: Any, m: Tensor, alpha: Tensor, bits: int) -> Tensor:
+        amplitude = alpha.clamp(min=LEAST_AMPLITUDE)
+        q = m / amplitude
+        ctx.save_for_backward(q)
+        ctx.bits = bits
+        # 0 * q: a membrane that is not finite must not pass for a silent one
+        return amplitude * (q.sign() + 0 * q if bits == 1 else q.round().clamp(-1, 1))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (q,) = ctx.saved_tensors
+        g = grads[0]
+        return g * (q.abs() <= 1), amplitude_gradient(g, q, ctx.bits), None
+
+
+def elastic_scan(
+    x: Tensor, alpha: Tensor, carried: Tensor | None = None, *, beta: float, bits: int, reset: str, final: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Run elastic bi-spiking neurons over their steps; see :func:`spiking_lm.kernels.elastic_scan`."""
+    dtype = compute_dtype(x, alpha, carried)
+    r = x.new_zeros(x.shape[1:], dtype=dtype) if carried is None else carried.to(dtype)
+    spikes = []
+    for x_t, a in zip(x.to(dtype).unbind(0), alpha.to(dtype).unbind(0), strict=True):
+        m = x_t + r
+        s: Tensor = _ElasticSpike.apply(m, a, bits)
+        emitted = s.detach().abs() if reset == "symmetric" else s.detach()
+        r = (a.detach() - emitted) * beta * m
+        spikes.append(s)
+    return _stack(spikes, 0, x).to(x.dtype), r if final else None
