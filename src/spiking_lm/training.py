@@ -11,27 +11,23 @@ import math
 import signal
 import threading
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import nn
 
 from spiking_lm.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
 from spiking_lm.data import ClipData, LabelledData, TextData
-from spiking_lm.data.sampling import Stream, epoch_order, gather, sample_offsets
-from spiking_lm.errors import ConfigError, DivergedError, InterruptedRunError
-from spiking_lm.evaluation import classify_examples, score_tokens
-from spiking_lm.interfaces import LMOutput, SpikingLanguageModel, State, detach_state, map_state, mean_over_steps
+from spiking_lm.errors import DivergedError, InterruptedRunError
+from spiking_lm.interfaces import LMOutput, SpikingLanguageModel
+from spiking_lm.objectives import Objective, Output, objective_for
 from spiking_lm.recipe import Recipe
-from spiking_lm.stages import EvaluateConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from spiking_lm.stages import OptimizerConfig, ScheduleConfig, TrainConfig
 
 if TYPE_CHECKING:
     from spiking_lm.rundir import RunDir
@@ -56,163 +52,15 @@ def learning_rate(step: int, steps: int, config: ScheduleConfig) -> float:
     return config.final + (1 - config.final) * left
 
 
-def make_optimizer(model: SpikingLanguageModel, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Return the optimizer over the model's parameter groups; with no weight decay the groups do not matter."""
+def make_optimizer(
+    model: SpikingLanguageModel, config: OptimizerConfig, beside: Sequence[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
+    """Return the optimizer over the model's parameter groups, and over what is trained ``beside`` it."""
     kind = torch.optim.AdamW if config.type == "adamw" else torch.optim.Adam
-    return kind(model.parameter_groups(config.weight_decay), lr=config.lr, betas=config.betas, eps=config.eps)
-
-
-class Objective(ABC):
-    """What is trained: the loss of one micro-batch, and the score on held-out data."""
-
-    unit = "tok"
-    """What is counted per second."""
-
-    @abstractmethod
-    def loss(self, model: SpikingLanguageModel, index: int, *, record: bool) -> tuple[Tensor, LMOutput | None, int]:
-        """Return the mean loss of micro-batch ``index``, the model's output if there is one, and its token count."""
-
-    @abstractmethod
-    def validate(self, model: SpikingLanguageModel) -> dict[str, float]:
-        """Return ``loss`` (nats) and what else describes it."""
-
-    def describe(self, loss: float) -> dict[str, float]:
-        """Return a training loss in the units that people read."""
-        return {}
-
-    def lr_factor(self, step: int) -> float:
-        """Return by what the learning rate of ``step`` is multiplied, besides the schedule."""
-        return 1.0
-
-    def carried(self) -> list[Tensor]:
-        """Return what the next step takes over from the last one, for a checkpoint."""
-        return []
-
-    def take_up(self, model: SpikingLanguageModel, carried: list[Tensor]) -> None:
-        """Go on with what :meth:`carried` returned."""
-        assert not carried
-
-
-class NextToken(Objective):
-    """Causal language modelling: every token from those before it, at random places or along columns of the text."""
-
-    def __init__(self, data: TextData, config: TrainConfig, seed: int) -> None:
-        self.data, self.config, self.seed = data, config, seed
-        self.bytes_per_token = data.train.n_bytes / len(data.train.tokens)
-        self.stream: Stream | None = None
-        self.state: State = None
-        if config.sampling == "stream":
-            n, size = len(data.train.tokens), config.batch_size
-            self.stream = Stream(n, size, config.seq_len, seed=seed, jitter=config.jitter)
-
-    def loss(self, model: SpikingLanguageModel, index: int, *, record: bool) -> tuple[Tensor, LMOutput | None, int]:
-        tokens, length = self.data.train.tokens, self.config.seq_len
-        if self.stream is None:
-            offsets = sample_offsets(len(tokens), length, self.config.batch_size, seed=self.seed, step=index)
-        else:
-            window = self.stream.window(index)
-            offsets, length = window.offsets, window.length
-            if window.first:
-                self.state = None
-        batch = torch.from_numpy(gather(tokens, offsets, length)).to(next(model.parameters()).device)
-        output = model(batch[:, :-1], self.state, return_spikes=record)
-        if self.stream is not None:
-            self.state = detach_state(output.state)
-        targets = batch[:, 1:]
-        loss = F.cross_entropy(output.logits.float().flatten(0, 1), targets.flatten())
-        return loss, output, targets.numel()
-
-    def validate(self, model: SpikingLanguageModel) -> dict[str, float]:
-        split, length = self.data.valid, self.config.seq_len
-        tokens = np.asarray(split.tokens[: self.config.eval_tokens + 1]).astype(np.int64)
-        if self.stream is None:
-            protocol = EvaluateConfig(window=2 * length, stride=length)
-        else:
-            protocol = EvaluateConfig(window=length, protocol="carried")
-        nll, _ = score_tokens(model, tokens, protocol)
-        loss = float(nll.mean())
-        return {"loss": loss, **self._in_words(loss, split.n_bytes / len(split.tokens))}
-
-    def describe(self, loss: float) -> dict[str, float]:
-        return self._in_words(loss, self.bytes_per_token)
-
-    def _in_words(self, loss: float, bytes_per_token: float) -> dict[str, float]:
-        if self.data.tokenizer.lossless:
-            return {"bpb": loss / math.log(2) / bytes_per_token}
-        return {"perplexity": math.exp(min(loss, 700.0))}
-
-    def lr_factor(self, step: int) -> float:
-        """A window shorter than ``seq_len`` moves the weights less, and a longer one more."""
-        if self.stream is None:
-            return 1.0
-        steps = range(step * self.config.accumulate, (step + 1) * self.config.accumulate)
-        return sum(self.stream.window(index).length for index in steps) / (len(steps) * self.config.seq_len)
-
-    def carried(self) -> list[Tensor]:
-        tensors: list[Tensor] = []
-
-        def note(tensor: Tensor) -> Tensor:
-            tensors.append(tensor)
-            return tensor
-
-        map_state(note, self.state)
-        return tensors
-
-    def take_up(self, model: SpikingLanguageModel, carried: list[Tensor]) -> None:
-        if carried:  # the tensors, in the order of the places that a state of this model has
-            device, left = next(model.parameters()).device, iter(carried)
-            self.state = map_state(lambda _: next(left).to(device), model.init_state(self.config.batch_size))
-
-
-class Labels(Objective):
-    """Classification: the label of a text, each example once per epoch."""
-
-    def __init__(self, data: LabelledData | ClipData, config: TrainConfig, seed: int) -> None:
-        if config.sampling == "stream":
-            raise ConfigError(
-                "train.sampling: stream is for texts; labelled examples have no order", hint="leave it out"
-            )
-        self.data, self.config, self.seed = data, config, seed
-
-    def loss(self, model: SpikingLanguageModel, index: int, *, record: bool) -> tuple[Tensor, LMOutput | None, int]:
-        n, size = len(self.data.train), self.config.batch_size
-        places = np.arange(index * size, (index + 1) * size)
-        orders = {int(epoch): epoch_order(n, self.seed, int(epoch)) for epoch in np.unique(places // n)}
-        chosen: list[Any] = [self.data.train[int(orders[int(place // n)][place % n])] for place in places]
-        device = next(model.parameters()).device
-        inputs, lengths = (torch.from_numpy(part).to(device) for part in self.data.batch(chosen, self.config.seq_len))
-        logits, output = self.score(model, inputs, lengths, record=record)
-        labels = torch.tensor([example.label for example in chosen], device=device)
-        return F.cross_entropy(logits.float(), labels), output, int(lengths.sum())
-
-    def score(
-        self, model: SpikingLanguageModel, inputs: Tensor, lengths: Tensor, *, record: bool
-    ) -> tuple[Tensor, LMOutput | None]:
-        """Return class logits ``(B, num_classes)``, and the model's output when it is to be recorded."""
-        logits, output = model.classify(inputs, lengths), None
-        if record:
-            with torch.no_grad():  # looked at, not trained on
-                output = model(inputs, return_spikes=True)
-        return logits, output
-
-    def validate(self, model: SpikingLanguageModel) -> dict[str, float]:
-        examples = self.data.valid
-        logits = classify_examples(model, self.data, examples, self.config.seq_len, 4 * self.config.batch_size)
-        labels = torch.tensor([example.label for example in examples])
-        hit = float((logits.argmax(-1) == labels).float().mean())
-        return {"loss": float(F.cross_entropy(logits, labels)), "accuracy": hit}
-
-
-class Clips(Labels):
-    """Classification of clips of events: one pass gives the scores, the spikes and the auxiliary losses."""
-
-    unit = "frames"
-
-    def score(
-        self, model: SpikingLanguageModel, inputs: Tensor, lengths: Tensor, *, record: bool
-    ) -> tuple[Tensor, LMOutput | None]:
-        output: LMOutput = model(inputs, lengths=lengths, return_spikes=record)
-        return mean_over_steps(output.logits, lengths), output
+    groups = model.parameter_groups(config.weight_decay)
+    if beside:
+        groups.append({"params": list(beside), "weight_decay": config.weight_decay})
+    return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps)
 
 
 def train(
@@ -238,10 +86,9 @@ def train(
     config = config or recipe.train
     assert config is not None
     console = console or Console(stderr=True)
-    objective: Objective
-    kind = NextToken if isinstance(data, TextData) else Clips if isinstance(data, ClipData) else Labels
-    objective = kind(data, config, recipe.seed)  # type: ignore[arg-type]
-    optimizer = make_optimizer(model, config.optimizer)
+    objective = objective_for(model, data, config, recipe.seed)
+    optimizer = make_optimizer(model, config.optimizer, objective.parameters())
+    trained = [*model.parameters(), *objective.parameters()]
     start, elapsed, threads = 0, 0.0, config.threads
     torch.manual_seed(recipe.seed)
     if resume_from is not None:
@@ -262,6 +109,7 @@ def train(
     watch = _NeuronWatch(console, quiet_until=max(config.schedule.warmup, config.steps // 20))
     display = _progress(console, config.steps, start, objective.unit)
     with _threads(threads), _interruptible() as interrupted, display as progress:
+        objective.begin(model, run, console)
         for step in range(start, config.steps):
             tick = time.perf_counter()
             last = step + 1 == config.steps
@@ -272,7 +120,7 @@ def train(
                 group["lr"] = lr * group.get("lr_scale", 1.0)
             model.train()
             loss, tokens, output = _backward(model, objective, config, step, record=log)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+            norm = torch.nn.utils.clip_grad_norm_(trained, config.grad_clip or math.inf)
             if not math.isfinite(loss) or not math.isfinite(float(norm)):
                 raise _diverged(run, step, loss, float(norm))
             optimizer.step()
@@ -312,14 +160,14 @@ def train(
 
 def _backward(
     model: SpikingLanguageModel, objective: Objective, config: TrainConfig, step: int, *, record: bool
-) -> tuple[float, int, LMOutput | None]:
+) -> tuple[float, int, Output | None]:
     """Accumulate the gradient of one step; return the mean loss, the tokens seen and the last micro-batch's output."""
     total, tokens, output = 0.0, 0, None
     device = next(model.parameters()).device
     for micro in range(config.accumulate):
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
             loss, output, count = objective.loss(model, step * config.accumulate + micro, record=record)
-        aux = sum(output.aux_losses.values()) if output is not None else 0.0
+        aux = sum(output.aux_losses.values()) if isinstance(output, LMOutput) else 0.0
         ((loss + aux) / config.accumulate).backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach()) / config.accumulate
         tokens += count
@@ -357,7 +205,7 @@ class _NeuronWatch:
         self.console, self.quiet_until = console, quiet_until
         self.warned: set[tuple[str, str]] = set()
 
-    def look(self, output: LMOutput | None, step: int) -> dict[str, dict[str, float]]:
+    def look(self, output: Output | None, step: int) -> dict[str, dict[str, float]]:
         """Return mean rate and the share of silent and saturated channels of every site in this batch."""
         if output is None or not output.spikes:
             return {}

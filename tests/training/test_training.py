@@ -112,7 +112,8 @@ def test_training_learns_and_logs(text: Any, tmp_path: Path) -> None:
 
 def test_accumulated_steps_equal_one_large_batch(text: Any, tmp_path: Path) -> None:
     """Two micro-batches have the mean of their gradients."""
-    from spiking_lm.training import NextToken, _backward
+    from spiking_lm.objectives import NextToken
+    from spiking_lm.training import _backward
 
     recipe = tiny_recipe(accumulate=2, precision="fp32")
     assert recipe.train is not None
@@ -130,17 +131,17 @@ def test_accumulated_steps_equal_one_large_batch(text: Any, tmp_path: Path) -> N
 
 
 def test_interrupt_saves_and_says_how_to_resume(text: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from spiking_lm import training
+    from spiking_lm import objectives
 
     recipe = tiny_recipe(steps=50)
-    original = training.NextToken.loss
+    original = objectives.NextToken.loss
 
     def interrupt_at_third(self: Any, model: Any, index: int, *, record: bool) -> Any:
         if index == 2:
             signal.raise_signal(signal.SIGINT)
         return original(self, model, index, record=record)
 
-    monkeypatch.setattr(training.NextToken, "loss", interrupt_at_third)
+    monkeypatch.setattr(objectives.NextToken, "loss", interrupt_at_third)
     run = RunDir.create(recipe, tmp_path)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(InterruptedRunError) as caught:
@@ -156,10 +157,10 @@ def test_interrupt_saves_and_says_how_to_resume(text: Any, tmp_path: Path, monke
 def test_nan_stops_before_the_weights_are_spoilt(
     text: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poison: str
 ) -> None:
-    from spiking_lm import training
+    from spiking_lm import objectives
 
     recipe = tiny_recipe(save_every=2)
-    original = training.NextToken.loss
+    original = objectives.NextToken.loss
 
     def poisoned(self: Any, model: Any, index: int, *, record: bool) -> Any:
         loss, output, count = original(self, model, index, record=record)
@@ -170,7 +171,7 @@ def test_nan_stops_before_the_weights_are_spoilt(
                 model.head.weight.register_hook(lambda grad: grad * math.inf)
         return loss, output, count
 
-    monkeypatch.setattr(training.NextToken, "loss", poisoned)
+    monkeypatch.setattr(objectives.NextToken, "loss", poisoned)
     run = RunDir.create(recipe, tmp_path)
     model = build_model(recipe, text)
     with pytest.raises(DivergedError, match="step 6") as caught:
@@ -262,13 +263,13 @@ def test_resuming_a_stream_takes_up_the_carried_state(text: Any, tmp_path: Path)
     assert len(logged[0]) == 4
 
     with pytest.MonkeyPatch.context() as patch:  # and without the carried state it is another run
-        patch.setattr("spiking_lm.training.NextToken.take_up", lambda *_: None)
+        patch.setattr("spiking_lm.objectives.NextToken.take_up", lambda *_: None)
         _, forgetful = resume("forgetful")
     assert any(not torch.equal(a, b) for a, b in zip(whole.parameters(), forgetful.parameters(), strict=True))
 
 
 def test_a_stream_carries_the_state_without_its_graph_and_drops_it_at_the_top(text: Any) -> None:
-    from spiking_lm.training import NextToken
+    from spiking_lm.objectives import NextToken
 
     short = dataclasses.replace(text, train=dataclasses.replace(text.train, tokens=text.train.tokens[:100]))
     recipe = stream_recipe()
@@ -291,7 +292,7 @@ def test_a_stream_carries_the_state_without_its_graph_and_drops_it_at_the_top(te
 
 
 def test_a_stream_is_validated_in_one_pass(text: Any) -> None:
-    from spiking_lm.training import NextToken
+    from spiking_lm.objectives import NextToken
 
     recipe = stream_recipe(eval_tokens=40)
     assert recipe.train is not None
