@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spiking_lm.graph import LMGraph
-from spiking_lm.interfaces import SpikingLanguageModel, State, map_state, select_rows
+from spiking_lm.interfaces import SpikingLanguageModel, State, map_state, observe, select_rows
 from spiking_lm.testing.checks import (
     assert_close,
     assert_config_round_trip,
@@ -28,12 +28,13 @@ from spiking_lm.testing.checks import (
     hidden_tensors,
     state_tensors,
 )
+from spiking_lm.testing.encoders import EncoderLaws, full_lengths, needs, vocabulary
 
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 odd_shapes = pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 7), (5, 1), (2, 19)], ids="B{}".format)
 
 
-class ModelContract:
+class ModelContract(EncoderLaws):
     """Every law of :class:`spiking_lm.interfaces.SpikingLanguageModel`; inherit it and override :meth:`model`."""
 
     untrained_parameters: ClassVar[Mapping[str, str]] = {}
@@ -42,8 +43,6 @@ class ModelContract:
     """The reason why a fresh model may be without a single spike; None demands at least one."""
     outside_the_graph: ClassVar[Mapping[str, str]] = {}
     """Weight matrices (shell patterns of module names) that do not run for every token -> the reason."""
-    length: ClassVar[int] = 12
-    """Tokens in the sequences under test."""
 
     @pytest.fixture
     def model(self) -> SpikingLanguageModel:
@@ -54,28 +53,28 @@ class ModelContract:
     def _evaluate(self, model: SpikingLanguageModel) -> None:
         model.eval()
 
-    def tokens(self, model: SpikingLanguageModel, batch: int = 3, length: int | None = None) -> Tensor:
-        """Return random token ids ``(B, S)``."""
-        generator = torch.Generator().manual_seed(30)
-        return torch.randint(_vocabulary(model), (batch, length or self.length), generator=generator)
+    def rebuilt(self, model: SpikingLanguageModel, seed: int) -> SpikingLanguageModel:
+        """Return a fresh model of the same configuration; override it for one that must be prepared before its use."""
+        torch.manual_seed(seed)
+        return type(model)(model.config)  # type: ignore[call-arg]
 
     # -- one computation, three ways -----------------------------------------------------------------------------------
 
     @both_dtypes
     def test_forward_is_a_scan_of_step(self, model: SpikingLanguageModel, dtype: torch.dtype) -> None:
-        _needs(model, "lm")
+        needs(model, "lm")
         _assert_forward_is_scan(model.to(dtype), self.tokens(model), dtype)
 
     @odd_shapes
     def test_forward_is_a_scan_of_step_at_odd_shapes(
         self, model: SpikingLanguageModel, batch: int, length: int
     ) -> None:
-        _needs(model, "lm")
+        needs(model, "lm")
         _assert_forward_is_scan(model.double(), self.tokens(model, batch, length), torch.float64)
 
     @both_dtypes
     def test_two_pieces_with_carried_state_are_one(self, model: SpikingLanguageModel, dtype: torch.dtype) -> None:
-        _needs(model, "lm")
+        needs(model, "lm")
         model, tokens = model.to(dtype), self.tokens(model)
         with torch.no_grad():
             whole = model(tokens)
@@ -87,7 +86,7 @@ class ModelContract:
                 assert_states_close(second.state, whole.state, f"cut after {cut} tokens")
 
     def test_starting_without_state_is_starting_from_init_state(self, model: SpikingLanguageModel) -> None:
-        _needs(model, "lm")
+        needs(model, "lm")
         tokens = self.tokens(model)
         with torch.no_grad():
             plain, started = model(tokens), model(tokens, model.init_state(len(tokens)))
@@ -95,37 +94,37 @@ class ModelContract:
         assert_states_identical(started.state, plain.state, "state None against init_state()")
 
     def test_logits_have_the_shape_of_the_vocabulary(self, model: SpikingLanguageModel) -> None:
-        _needs(model, "lm")
+        needs(model, "lm")
         tokens = self.tokens(model)
         logits = model(tokens).logits
-        expected = (*tokens.shape, _vocabulary(model))
+        expected = (*tokens.shape, vocabulary(model))
         assert logits.shape == expected, f"logits have shape {tuple(logits.shape)}, expected {expected}"
         assert torch.isfinite(logits).all(), "logits are not finite"
 
     # -- what may influence what ---------------------------------------------------------------------------------------
 
     def test_later_tokens_do_not_influence_earlier_logits(self, model: SpikingLanguageModel) -> None:
-        _needs(model, "lm")
+        needs(model, "lm")
         tokens = self.tokens(model)
         with torch.no_grad():
             logits = model(tokens).logits
             for position in (1, self.length // 2, self.length - 1):
                 changed = tokens.clone()
-                changed[:, position] = (changed[:, position] + 1) % _vocabulary(model)
+                changed[:, position] = (changed[:, position] + 1) % vocabulary(model)
                 before = model(changed).logits[:, :position]
                 assert_identical(before, logits[:, :position], f"token {position} was changed; logits before it")
 
     def test_earlier_tokens_do_influence_later_logits(self, model: SpikingLanguageModel) -> None:
-        _needs(model, "lm")
+        needs(model, "lm")
         tokens, half = self.tokens(model), self.length // 2
         changed = tokens.clone()
-        changed[:, :half] = (changed[:, :half] + 1) % _vocabulary(model)
+        changed[:, :half] = (changed[:, :half] + 1) % vocabulary(model)
         with torch.no_grad():
             later, changed_later = model(tokens).logits[:, half:], model(changed).logits[:, half:]
         assert not torch.equal(later, changed_later), "logits ignore every earlier token: the model has no memory"
 
     def test_rows_of_the_batch_are_independent(self, model: SpikingLanguageModel) -> None:
-        _needs(model, "lm")
+        needs(model, "lm")
         model, tokens = model.double(), self.tokens(model, batch=4)
         with torch.no_grad():
             whole = model(tokens)
@@ -138,9 +137,9 @@ class ModelContract:
     # -- state is explicit ---------------------------------------------------------------------------------------------
 
     def test_interleaved_calls_do_not_disturb_each_other(self, model: SpikingLanguageModel) -> None:
-        _needs(model, "lm")
+        needs(model, "lm")
         tokens, half = self.tokens(model), self.length // 2
-        other = (tokens + 1) % _vocabulary(model)
+        other = (tokens + 1) % vocabulary(model)
         with torch.no_grad():
             alone = model(tokens[:, half:], model(tokens[:, :half]).state)
             ours = model(tokens[:, :half]).state
@@ -162,7 +161,7 @@ class ModelContract:
             assert_no_new_tensors(before, hidden_tensors(model), "step")
 
     def test_state_is_not_changed_in_place(self, model: SpikingLanguageModel) -> None:
-        _needs(model, "lm")
+        needs(model, "lm")
         tokens = self.tokens(model)
         with torch.no_grad():
             start = model(tokens).state
@@ -173,7 +172,7 @@ class ModelContract:
             assert_states_identical(start, kept, "the state handed to step")
 
     def test_state_is_batch_first_and_keeps_its_form(self, model: SpikingLanguageModel) -> None:
-        _needs(model, "lm")
+        needs(model, "lm")
         tokens = self.tokens(model, batch=5)
         start = model.init_state(5)
         with torch.no_grad():
@@ -191,7 +190,7 @@ class ModelContract:
         assert len(after) == len(list(state_tensors(start))), "forward returns another number of state tensors"
 
     def test_state_can_be_moved_to_another_dtype(self, model: SpikingLanguageModel) -> None:
-        _needs(model, "lm")
+        needs(model, "lm")
         tokens = self.tokens(model)
         with torch.no_grad():
             state = model(tokens).state
@@ -208,7 +207,7 @@ class ModelContract:
             )
 
     def test_rows_of_the_state_can_be_selected(self, model: SpikingLanguageModel) -> None:
-        _needs(model, "lm")
+        needs(model, "lm")
         model, tokens = model.double(), self.tokens(model, batch=4)
         with torch.no_grad():
             state = model(tokens).state
@@ -224,7 +223,7 @@ class ModelContract:
         sites, tokens = _sites(model), self.tokens(model)
         assert len({site.name for site in sites}) == len(sites), "two spike sites have one name"
         with torch.no_grad():
-            output = model(tokens, return_spikes=True)
+            output = observe(model, tokens)
         assert output.spikes is not None, "return_spikes=True returned no spikes"
         declared = {site.name for site in sites}
         assert output.spikes.keys() == declared, (
@@ -233,7 +232,8 @@ class ModelContract:
         )
         for site in sites:
             spikes = output.spikes[site.name]
-            assert spikes.shape[:-1] == tokens.shape, (
+            assert spikes.ndim in (3, 4), f"site {site.name!r}: spikes have {spikes.ndim} dimensions: (B, S, [T,] N)"
+            assert spikes.shape[:2] == tokens.shape, (
                 f"site {site.name!r}: spikes have shape {tuple(spikes.shape)}, expected (*{tuple(tokens.shape)}, N)"
             )
             assert_kind(spikes, site.kind, f"site {site.name!r}")
@@ -243,12 +243,12 @@ class ModelContract:
         if self.silent_at_initialisation:
             pytest.skip(f"declared silent at initialisation: {self.silent_at_initialisation}")
         with torch.no_grad():
-            spikes = model(self.tokens(model), return_spikes=True).spikes or {}
+            spikes = observe(model, self.tokens(model)).spikes or {}
         rates = {name: float((s != 0).double().mean()) for name, s in spikes.items()}
         assert any(rates.values()), f"not one spike at any of {sorted(rates)}: nothing else here tests its spikes"
 
     def test_asking_for_spikes_changes_nothing_else(self, model: SpikingLanguageModel) -> None:
-        _needs(model, "lm")
+        needs(model, "lm")
         tokens = self.tokens(model)
         with torch.no_grad():
             plain, spiking = model(tokens), model(tokens, return_spikes=True)
@@ -284,14 +284,14 @@ class ModelContract:
         assert not bad, f"gradients under bf16 autocast are not finite: {bad}"
         if model.spike_sites():
             with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-                spikes = model(tokens, return_spikes=True).spikes or {}
+                spikes = observe(model, tokens).spikes or {}
             for site in model.spike_sites():
                 assert_kind(spikes[site.name], site.kind, f"site {site.name!r} under bf16 autocast")
 
     # -- reproducibility and files -------------------------------------------------------------------------------------
 
     def test_equal_seeds_give_equal_models_and_equal_results(self, model: SpikingLanguageModel) -> None:
-        first, second = _rebuilt(model, seed=11), _rebuilt(model, seed=11)
+        first, second = self.rebuilt(model, seed=11), self.rebuilt(model, seed=11)
         for name, tensor in first.state_dict().items():
             assert_identical(second.state_dict()[name], tensor, f"built twice under one seed, {name}")
         tokens = self.tokens(model)
@@ -328,6 +328,10 @@ class ModelContract:
             assert_identical(_loss(again, tokens), _loss(model, tokens), "saved and loaded, loss")
             if "lm" in model.capabilities:
                 assert_identical(again(tokens).logits, model(tokens).logits, "saved and loaded, logits")
+            if "encode" in model.capabilities:
+                a, b = (one.encode(tokens, full_lengths(tokens)) for one in (again, model))
+                assert_identical(a.pooled, b.pooled, "saved and loaded, pooled")
+                assert_identical(a.hidden[-1], b.hidden[-1], "saved and loaded, hidden[-1]")
 
     def test_config_survives_json_and_refuses_typos(self, model: SpikingLanguageModel) -> None:
         values = model.config.to_dict()
@@ -343,7 +347,7 @@ class ModelContract:
         named = {n for n, _ in model.named_parameters(remove_duplicate=False)}
         named |= {n for n, _ in model.named_buffers(remove_duplicate=False)}
         assert before <= named, f"state_dict() holds what is neither parameter nor buffer: {sorted(before - named)}"
-        fresh = _rebuilt(model, seed=1)
+        fresh = self.rebuilt(model, seed=1)
         fresh.load_state_dict(model.state_dict())  # strict: every key, and no other
 
     # -- the graph -----------------------------------------------------------------------------------------------------
@@ -393,11 +397,11 @@ class ModelContract:
     # -- classification ------------------------------------------------------------------------------------------------
 
     def test_padding_does_not_influence_a_classification(self, model: SpikingLanguageModel) -> None:
-        _needs(model, "classify")
+        needs(model, "classify")
         model, tokens = model.double(), self.tokens(model)
         lengths = torch.tensor([1, self.length - 3, self.length])
         padding = torch.arange(self.length) >= lengths[:, None]
-        other = torch.where(padding, (tokens + 1) % _vocabulary(model), tokens)
+        other = torch.where(padding, (tokens + 1) % vocabulary(model), tokens)
         longer = torch.cat([tokens, tokens[:, :4]], 1)
         with torch.no_grad():
             scores = model.classify(tokens, lengths)
@@ -412,27 +416,11 @@ class ModelContract:
                 assert_close(alone, scores[row : row + 1], f"row {row} alone and without padding, class logits")
 
 
-def _vocabulary(model: SpikingLanguageModel) -> int:
-    size = getattr(model.config, "vocab_size", None)
-    assert isinstance(size, int), f"{type(model.config).__name__} has no vocab_size"
-    return size
-
-
-def _needs(model: SpikingLanguageModel, capability: str) -> None:
-    if capability not in model.capabilities:
-        pytest.skip(f"{type(model).__name__} does not declare {capability!r} (it has {sorted(model.capabilities)})")
-
-
 def _sites(model: SpikingLanguageModel) -> list:  # type: ignore[type-arg]
     sites = model.spike_sites()
     if not sites:
         pytest.skip(f"{type(model).__name__} declares no spike site in this configuration")
     return sites
-
-
-def _rebuilt(model: SpikingLanguageModel, seed: int) -> SpikingLanguageModel:
-    torch.manual_seed(seed)
-    return type(model)(model.config)  # type: ignore[call-arg]
 
 
 def _loss(model: SpikingLanguageModel, tokens: Tensor) -> Tensor:
@@ -443,11 +431,17 @@ def _loss(model: SpikingLanguageModel, tokens: Tensor) -> Tensor:
         parts.append(F.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten()))
         parts.extend(output.aux_losses.values())
     if "classify" in model.capabilities:
-        lengths = torch.full((len(tokens),), tokens.shape[1])
-        scores = model.classify(tokens, lengths)
+        scores = model.classify(tokens, full_lengths(tokens))
         parts.append(F.cross_entropy(scores.float(), torch.arange(len(tokens)) % scores.shape[1]))
+    if "mlm" in model.capabilities:
+        logits = model.predict_masked(tokens, full_lengths(tokens))
+        parts.append(F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten()))
+    if "encode" in model.capabilities:
+        pooled = model.encode(tokens, full_lengths(tokens)).pooled.float()
+        # What is normalised has a constant square: look at it from one side.
+        parts.append((pooled * torch.linspace(-1, 1, pooled.shape[1])).mean())
     if not parts:
-        pytest.skip(f"{type(model).__name__} declares neither 'lm' nor 'classify'")
+        pytest.skip(f"{type(model).__name__} declares none of 'lm', 'classify', 'mlm' and 'encode'")
     return torch.stack([part.float() for part in parts]).sum()
 
 

@@ -13,7 +13,9 @@ import pytest
 if TYPE_CHECKING:
     from spiking_lm.registry import PluginManager
 
-pytest.register_assert_rewrite("spiking_lm.testing.checks", "spiking_lm.testing.models", "spiking_lm.testing.neurons")
+pytest.register_assert_rewrite(
+    *(f"spiking_lm.testing.{module}" for module in ("checks", "encoders", "models", "neurons"))
+)
 
 _SUBJECTS = ("The miller", "Her sister", "A stranger", "The old captain", "Nobody", "The younger clerk")
 _VERBS = ("counted", "forgot", "mended", "carried home", "described", "waited for")
