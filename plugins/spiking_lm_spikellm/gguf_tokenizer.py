@@ -28,7 +28,10 @@ def read_tokenizer(metadata: Mapping[str, Any], path: Path) -> SubwordTokenizer:
     kind = metadata.get("tokenizer.ggml.model")
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not tokens:
-        raise DataError(f"{path}: it holds no tokenizer", hint="name one with --tokenizer")
+        raise DataError(
+            f"{path}: it holds no tokenizer",
+            hint="take a file that does, or the Hugging Face folder; without a recipe, --tokenizer names one",
+        )
     if len(set(tokens)) != len(tokens):
         raise DataError(f"{path}: its tokenizer names a token twice", hint="name another one with --tokenizer")
     if kind == "gpt2":

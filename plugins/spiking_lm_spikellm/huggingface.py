@@ -50,7 +50,7 @@ class HuggingFaceSource(Source):
             with safe_open(file, framework="pt") as opened:
                 tensor: Tensor = opened.get_tensor(name).clone()  # memory of its own: the file need not stay mapped
         except (SafetensorError, OSError) as error:
-            raise DataError(f"{file}: cannot be read ({error})") from None
+            raise _damaged(file, error) from None
         return tensor if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.float()
 
     @functools.cached_property
@@ -60,8 +60,8 @@ class HuggingFaceSource(Source):
             other = "tokenizer.model" if (self.path / "tokenizer.model").is_file() else None
             raise DataError(
                 f"{self.path}: no tokenizer.json" + (f", only {other}" if other else ""),
-                hint="name one with --tokenizer; transformers writes it: AutoTokenizer.from_pretrained(DIR)"
-                ".save_pretrained(DIR)",
+                hint="copy the model's there; transformers writes one: AutoTokenizer.from_pretrained(DIR)"
+                ".save_pretrained(DIR). Without a recipe, --tokenizer names one",
             )
         return data.load_tokenizer(self.path)
 
@@ -210,7 +210,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise DataError(f"{path}: no such file", hint="a Hugging Face folder has config.json") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not readable as JSON ({error})") from None
+        raise DataError(f"{path}: not readable as JSON ({error})", hint="is the copy complete?") from None
     if not isinstance(value, dict):
         raise DataError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value

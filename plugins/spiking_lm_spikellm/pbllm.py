@@ -56,11 +56,11 @@ def pb_llm(
     """Give the share ``low_frac`` of the weights of each group of columns one bit, and the others eight.
 
     ``metric`` ranks weights by w^2 / U_jj^2 or by size. A weight of one bit is m + a or m - a, with mean m and mean
-    distance a of those of its row and group; ``low`` sign is the mean of the positive ones or zero instead, prune always
-    zero, as the released code has them too: much worse, and for parity. ``released_mean`` counts salient weights as zeros in both, as the released
-    code does by mistake, which shrinks a. ``hessian``, ``act_order``, ``damp`` and ``block`` are as of
-    :func:`spiking_lm_spikellm.gptq.gptq`. The defaults are the best setting found on SmolLM2-135M; released are groups
-    of 128 columns in their natural order.
+    distance a of those of its row and group. With ``low`` sign it is 0 or the mean of what is positive, and with prune
+    always 0: the released code has these too, they are much worse, and here for parity. ``released_mean`` counts
+    salient weights as zeros in all means, as the released code does by mistake, which shrinks a. ``hessian``,
+    ``act_order``, ``damp`` and ``block`` are as of :func:`spiking_lm_spikellm.gptq.gptq`. The defaults are the best
+    setting found on SmolLM2-135M; released are groups of 128 columns in their natural order.
     """
     factor = hessian if isinstance(hessian, Factor) else factorize(hessian, act_order=act_order, damp=damp)
     outputs, inputs = w.shape

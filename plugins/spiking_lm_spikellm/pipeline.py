@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,7 +22,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -30,21 +30,23 @@ from spiking_lm.checkpoints import filled_model
 from spiking_lm.config import parse_config
 from spiking_lm.data import TextData
 from spiking_lm.errors import DataError, SpikingLMError
-from spiking_lm.files import atomic_write, remove
+from spiking_lm.files import atomic_write, remove, sha256_file
 from spiking_lm.gif import calibrate_scale
+from spiking_lm.graph import LMGraph
 from spiking_lm.quantization import QuantizedWeight, round_to_nearest
 from spiking_lm.schemes import OFF, ActivationScheme, CacheScheme, WeightScheme
 from spiking_lm_spikellm.config import SpikeLLMConfig
 from spiking_lm_spikellm.conversion_config import SpikeLLMConversion
 from spiking_lm_spikellm.gptq import Drift, Factor, factorize, follow, gptq
 from spiking_lm_spikellm.layers import SpikingLinear
-from spiking_lm_spikellm.model import Block, SpikeLLM
+from spiking_lm_spikellm.model import Block, SpikeLLM, graph_of
 from spiking_lm_spikellm.omni import calibrate_block
 from spiking_lm_spikellm.pbllm import pb_llm
+from spiking_lm_spikellm.progress import Display
 from spiking_lm_spikellm.rotation import Rotation
 from spiking_lm_spikellm.saliency import CacheSaliency, SecondMoment, activation_saliency, choose
 from spiking_lm_spikellm.sources import EMBEDDING, HEAD, NORM, Source, open_source
-from spiking_lm_spikellm.streams import Stream, Walk, watching_attention
+from spiking_lm_spikellm.streams import Stream, Walk, watching_attention, writing
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,6 +60,8 @@ STAGES = (
 """The projections that read what is seen in each stage of a :class:`Walk`."""
 
 Facts = dict[str, Any]
+
+log = logging.getLogger("spiking_lm.spikellm")  # below the host's, whose warnings a run shows and keeps
 
 
 def calibrate(
@@ -74,9 +78,15 @@ def calibrate(
     source = open_source(Path(options.source).expanduser())
     config = converted_config(options, source)
     conversion = Conversion(options, source, config, calibration_tokens(data, options, seed), work, seed)
-    with torch.no_grad(), _Display(console, config.n_layer) as display:
+    with torch.no_grad(), Display(console, config.n_layer) as display:
         conversion.run(display.show)
     return conversion.model(), conversion.report()
+
+
+def outline(options: SpikeLLMConversion) -> LMGraph:
+    """Return the graph of the model that a conversion would return, from the configuration of its source alone."""
+    assert options.source is not None
+    return graph_of(converted_config(options, open_source(Path(options.source).expanduser())))
 
 
 def converted_config(options: SpikeLLMConversion, source: Source) -> SpikeLLMConfig:
@@ -91,7 +101,8 @@ def calibration_tokens(data: TextData, options: SpikeLLMConversion, seed: int) -
     text, window = data.train.tokens, options.calibration.window
     if len(text) < window:
         raise DataError(
-            f"the calibration text has {len(text):,} tokens, less than one window of {window:,}",
+            f"the calibration text, the training part of the data, has {len(text):,} tokens, "
+            f"less than one window of {window:,}",
             hint="choose another text, or a smaller convert.calibration.window",
         )
     random = np.random.default_rng(seed)
@@ -129,9 +140,30 @@ class Conversion:
 
     # -- on disk ------------------------------------------------------------------------------------------------------
 
-    def block_file(self, index: int) -> Path:
-        """Where a finished block is."""
-        return self.work / f"block-{index:05d}.safetensors"
+    def block_file(self, index: int) -> Path | None:
+        """Where a finished block is, with its hash in its name; None as long as it is not finished."""
+        return next(self.work.glob(f"block-{index:05d}-*.safetensors"), None)
+
+    def _keep(self, index: int, tensors: dict[str, Tensor], facts: dict[str, Facts]) -> None:
+        content = save(tensors, metadata={"facts": json.dumps(facts)})
+        file = self.work / f"block-{index:05d}-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
+        with writing(file):
+            atomic_write(file, content)
+
+    def _is_finished(self, index: int) -> bool:
+        file = self.block_file(index)
+        if file is None:
+            return False
+        if sha256_file(file)[:16] != file.stem.rpartition("-")[2]:
+            log.warning("%s is damaged: what was converted from there on is done again", file)
+            return False
+        return True
+
+    def _opened(self, index: int) -> Any:
+        """Open a finished block."""
+        file = self.block_file(index)
+        assert file is not None
+        return safe_open(file, "pt")
 
     def states(self, index: int, kind: str = "states", *, new: bool = False) -> Stream:
         """Return the hidden states in front of block ``index``; kind "float": those of the float model."""
@@ -152,10 +184,11 @@ class Conversion:
         note, identity = self.work / "identity", self.identity()
         if not note.is_file() or note.read_text() != identity:
             _forget(self.work)
-            self.work.mkdir(parents=True)
-            atomic_write(note, identity)
+            with writing(self.work):
+                self.work.mkdir(parents=True)
+                atomic_write(note, identity)
         done = 0
-        while done < self.config.n_layer and self.block_file(done).is_file():
+        while done < self.config.n_layer and self._is_finished(done):
             done += 1
         if done == self.config.n_layer or not self.reads_text:
             return done
@@ -202,7 +235,7 @@ class Conversion:
             for name in facts:
                 self._round(block.get_submodule(name), None, None, facts[name])
         tensors = {name: tensor.contiguous() for name, tensor in block.state_dict().items()}
-        atomic_write(self.block_file(index), save(tensors, metadata={"facts": json.dumps(facts)}))
+        self._keep(index, tensors, facts)
         for kind in ("states", "float"):
             _forget(self.work / f"{kind}-{index:05d}.f32")
 
@@ -399,7 +432,7 @@ class Conversion:
         """Put the finished blocks together."""
         tensors = self._ends()
         for index in range(self.config.n_layer):
-            with safe_open(self.block_file(index), "pt") as file:
+            with self._opened(index) as file:
                 tensors.update({f"model.layers.{index}.{name}": file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         tied = {} if HEAD in tensors else {HEAD: EMBEDDING}
         return cast(SpikeLLM, filled_model(self.config, tensors, tied))
@@ -408,7 +441,7 @@ class Conversion:
         """Return what was done, JSON-able: facts of the whole, and of every matrix."""
         layers: list[Facts] = []
         for index in range(self.config.n_layer):
-            with safe_open(self.block_file(index), "pt") as file:
+            with self._opened(index) as file:
                 facts = json.loads(file.metadata()["facts"])
             layers += [{"name": f"model.layers.{index}.{name}", **of} for name, of in facts.items()]
         notes = [f"{layer['name']}: {note}" for layer in layers for note in dict.fromkeys(layer.pop("notes"))]
@@ -518,35 +551,3 @@ class _Limits:
 
     def update(self, states: Tensor) -> None:
         self.scale = calibrate_scale(states, self.scale)
-
-
-class _Display:
-    """The progress of a conversion: a live line, or a plain line per block where there is no terminal."""
-
-    def __init__(self, console: Console, blocks: int) -> None:
-        self.console, self.blocks = console, blocks
-        columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[what]}"))
-        self.bar = Progress(
-            TextColumn("converting"),
-            *columns,
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self.task = self.bar.add_task("", total=blocks, what="")
-        self.said = -1
-
-    def __enter__(self) -> _Display:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def show(self, index: int, what: str) -> None:
-        """Say what is done to which block."""
-        self.bar.update(self.task, completed=index, what=what)
-        if not self.console.is_terminal and index > self.said:
-            self.said = index
-            self.console.print(f"block {index + 1}/{self.blocks}", highlight=False)

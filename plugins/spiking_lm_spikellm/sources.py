@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
+_CAUSAL = ("ForCausalLM", "LMHeadModel")
+"""How Hugging Face names architectures that go on with a text; of those that are not Llama's we say so."""
+
+
 class Final(NamedTuple):
     """What stands behind the last block."""
 
@@ -152,7 +156,7 @@ def sniff(source: Path | Mapping[str, Tensor]) -> bool:
     except (OSError, ValueError):
         return False
     named = config.get("architectures") if isinstance(config, dict) else None
-    return isinstance(named, list) and any(str(name).endswith("ForCausalLM") for name in named)
+    return isinstance(named, list) and any(str(name).endswith(_CAUSAL) for name in named)
 
 
 def convert(source: Path, **options: Any) -> SpikeLLM:

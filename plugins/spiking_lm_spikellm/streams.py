@@ -20,6 +20,8 @@ from spiking_lm_spikellm.model import Block
 TOKENS_AT_ONCE = 4096
 """Of the text in memory at a time, at least one window."""
 
+_MEGABYTE = 2**20
+
 
 class Stream:
     """Hidden states ``(N, S, C)`` on disk, float32, read and written a few windows at a time."""
@@ -55,16 +57,26 @@ class Stream:
 def _allocate(path: Path, size: int) -> None:
     """Make a file of zeros that has its place on the disk: one without would kill the process once the disk is full."""
     try:
-        with path.open("wb") as file:
+        with writing(path, f"no place for {size / 1e6:,.0f} MB of hidden states"), path.open("wb") as file:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)
             else:
-                file.truncate(size)
-    except OSError as error:
+                for start in range(0, size, _MEGABYTE):
+                    file.write(bytes(min(_MEGABYTE, size - start)))
+    except DataError:
         with contextlib.suppress(OSError):
             path.unlink()
+        raise
+
+
+@contextmanager
+def writing(path: Path, problem: str = "cannot be written") -> Iterator[None]:
+    """Turn a refusal of the file system into an error that says what becomes of the conversion."""
+    try:
+        yield
+    except OSError as error:
         raise DataError(
-            f"{path}: no place for {size / 1e6:,.0f} MB of hidden states: {error.strerror}",
+            f"{path}: {problem}: {error.strerror or error}",
             hint="finished blocks are kept: make room and give the command again, or lower convert.calibration.samples",
         ) from None
 

@@ -6,6 +6,7 @@ containers and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from spiking_lm import data, registry
 from spiking_lm.checkpoints import TOKENIZER, WEIGHTS, load_model, resolve_model, save_model
-from spiking_lm.errors import DataError, SpikingLMError, UsageError
+from spiking_lm.errors import CheckpointError, DataError, SpikingLMError, UsageError
 from spiking_lm.files import atomic_write, sha256_file
 from spiking_lm.interfaces import SpikingLanguageModel
 from spiking_lm.models import export_reference, import_reference
@@ -125,8 +126,16 @@ def convert_by_recipe(
         what = "converts nothing" if kind is None else f"converts to {kind}, not to {to}"
         raise UsageError(f"the recipe {recipe} {what}", hint="'spiking-lm recipes ls' lists them")
     run = run_recipe(recipe, overrides, resume="auto", console=console)
-    model = resolve_model(run.path)
-    save_model(load_model(model), out, tokenizer=model / TOKENIZER)
+    folder = resolve_model(run.path)
+    model = load_model(folder)
+    try:
+        save_model(model, out, tokenizer=folder / TOKENIZER)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            run.update_manifest(status="interrupted")  # what is missing is the folder: the same command goes on here
+        if isinstance(error, CheckpointError):
+            error.hint = f"the model is kept in {folder}: make room and give the same command again"
+        raise
     return run
 
 

@@ -182,7 +182,7 @@ def test_a_full_disk_is_said_and_finished_blocks_are_kept(
         with pytest.raises(DataError, match=r"block 1: .*no place for .*No space left"):
             calibrate(llama_folder, text, tmp_path / "work", **WAYS["salient"])
     monkeypatch.undo()
-    assert (tmp_path / "work" / "block-00000.safetensors").is_file()
+    assert len(list((tmp_path / "work").glob("block-*"))) == 1
     resumed, _ = calibrate(llama_folder, text, tmp_path / "work", **WAYS["salient"])
     assert torch.equal(logits(whole, tokens), logits(resumed, tokens))
 

@@ -115,6 +115,16 @@ def test_other_rounders_as_released(golden: Golden, case: str) -> None:
     assert loss == pytest.approx(float(golden[f"{case}_loss"]), rel=0.01)
 
 
+@pytest.mark.parametrize("case", ["trit", "tritsym"])
+def test_three_levels_to_nearest_as_released(golden: Golden, case: str) -> None:
+    rounder, columns = Trits(golden.cases[case]["sym"]), golden["W"].T
+    rounder.fit(columns, 0)
+    assert torch.equal(rounder.high, golden[f"{case}_scale"].flatten())
+    assert torch.equal(rounder.low, golden[f"{case}_zero"].flatten())
+    found = torch.stack([rounder.round(column, index) for index, column in enumerate(columns)], 1)
+    assert torch.equal(found, golden[f"{case}_RTN"])
+
+
 SCHEMES = [
     WeightScheme(bits=4),
     WeightScheme(bits=3, group_size=7),  # ragged: 24 = 3 x 7 + 3

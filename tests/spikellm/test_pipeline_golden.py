@@ -317,10 +317,21 @@ def check_maxima(done: Calibrated, golden: dict[str, Any]) -> None:
             torch.testing.assert_close(maxima[name], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_learnt_clipping_of_a_whole_model(shared: Path) -> None:
+def test_learnt_clipping_of_a_whole_model(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     golden = load(shared, "pipeline_w4a4_T2_lwc_only")
+    norms: list[Tensor] = []
+
+    class Watched(torch.optim.AdamW):
+        def step(self, *args: Any) -> None:  # type: ignore[override]
+            leaves = [leaf.grad for group in self.param_groups for leaf in group["params"] if leaf.grad is not None]
+            norms.append(torch.stack([gradient.norm() for gradient in leaves]).norm())
+            super().step(*args)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Watched)
     done = calibrate(golden)
     check_maxima(done, golden)
+    epochs = golden["epoch_gradnorm"]
+    torch.testing.assert_close(torch.stack(norms).view(*epochs.shape, -1).mean(-1), epochs, rtol=1e-3, atol=0)
     for layer, result in enumerate(done.results):
         assert mask_flips(done.masks[layer], golden, layer) == 0
         losses = torch.tensor(result.report.losses)
