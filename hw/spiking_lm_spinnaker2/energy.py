@@ -48,12 +48,13 @@ def costs(counters: dict[str, Any], pe_map: PEMap, config: SpiNNaker2Config) -> 
     + MACs of the arrays + packets + bytes between host and chip, which are taken to pass through DRAM once.
     """
     point, stages, tokens = operating_point(config), counters["stages"], counters["tokens"]
+    steps = stages[-1]["step"] + 1
     slowest = max(stage["slowest_cycles"] for stage in stages)
     tick = 1e-3 * config.tick_us if config.tick_us is not None else 1e3 * slowest / point.hertz
     if config.schedule == "pipelined":
-        time, latency = (tokens + len(stages) - 1) * tick, len(stages) * tick
+        time, latency = (tokens + steps - 1) * tick, steps * tick
     elif config.tick_us is not None:
-        time, latency = tokens * len(stages) * tick, len(stages) * tick
+        time, latency = tokens * steps * tick, steps * tick
     else:
         time = 1e3 * sum(stage["stage_cycles"] for stage in stages) / point.hertz
         latency = time / tokens

@@ -8,10 +8,14 @@ import numpy as np
 from torch import Tensor
 
 from spiking_lm.graph import LMGraph, Op
-from spiking_lm.hardware import LoweringError
+from spiking_lm.hardware import LoweringError, Program
+from spiking_lm.host import check as check_host
+from spiking_lm.host import host_model
+from spiking_lm.integers import SpikeProduct
 from spiking_lm.interfaces import EGRUDynamics, LIFDynamics, SpikingLanguageModel
 from spiking_lm_spinnaker2.config import SpiNNaker2Config
-from spiking_lm_spinnaker2.mapping import index_bytes
+from spiking_lm_spinnaker2.integer_program import IntegerProgram, place_products
+from spiking_lm_spinnaker2.mapping import index_bytes, product_demand
 from spiking_lm_spinnaker2.program import SpiNNaker2Program
 from spiking_lm_spinnaker2.weights import U0_8, Array, EGRULayer, Linear, Table
 
@@ -27,13 +31,19 @@ REASONS = {
 }
 
 
-def lower(model: SpikingLanguageModel, config: SpiNNaker2Config) -> SpiNNaker2Program:
+def lower(model: SpikingLanguageModel, config: SpiNNaker2Config) -> Program:
     """Place ``model`` on SpiNNaker 2, from its ``graph()`` and ``state_dict()`` alone.
+
+    A model with matrices that read spike counts becomes an :class:`IntegerProgram`, one of event-based gated units a
+    :class:`SpiNNaker2Program`.
 
     Raises: LoweringError naming the op, its kind and why it cannot be placed, or what does not fit; ConfigError for PEs
     of an unknown layer.
     """
     graph = model.graph()
+    if _of_whole_numbers(graph):
+        check(graph, config)
+        return IntegerProgram.of(host_model(model), config, model=model.config.model_type)
     table, egru, head = _recognise(graph)
     weights = _Weights(model.state_dict())
     embedding = Table.build(table.name, weights.of(table, "weight"), int8=config.numerics == "int8")
@@ -44,9 +54,24 @@ def lower(model: SpikingLanguageModel, config: SpiNNaker2Config) -> SpiNNaker2Pr
     return SpiNNaker2Program.of(embedding, layers, matrices, config, model=model.config.model_type)
 
 
-def check(model: SpikingLanguageModel) -> None:
-    """Raise LoweringError where the model's ops, whatever their weights, have no place on SpiNNaker 2."""
-    _recognise(model.graph())
+def check(graph: LMGraph, config: SpiNNaker2Config) -> None:
+    """Raise LoweringError where a model of ``graph``, whatever its weights, has no place on SpiNNaker 2."""
+    if not _of_whole_numbers(graph):
+        _recognise(graph)
+        return
+    check_host(graph)
+    demands = []
+    for op in graph:
+        if isinstance(op.dynamics, SpikeProduct):
+            assert op.weight is not None
+            groups = -(-op.weight[1] // (op.dynamics.weights.group_size or op.weight[1]))
+            demands.append(product_demand(op.name, op.weight, groups, config))
+    place_products(demands, config)
+
+
+def _of_whole_numbers(graph: LMGraph) -> bool:
+    """Whether the model has matrices that read spike counts, or could be converted to have them."""
+    return any(isinstance(op.dynamics, SpikeProduct) for op in graph)
 
 
 def _recognise(graph: LMGraph) -> tuple[Op, list[Op], list[Op]]:

@@ -147,6 +147,21 @@ def linear_demand(name: str, shape: tuple[int, ...], config: SpiNNaker2Config) -
     return Demand(name, np.full(n_out, unit, np.int64), fixed)
 
 
+def product_demand(
+    name: str, shape: tuple[int, int], groups: int, config: SpiNNaker2Config, *, shifts: bool = False
+) -> Demand:
+    """Return the demand of a matrix of whole numbers of ``shape`` (out, in), with so many sums per output.
+
+    Its rows are dense; every sum has a bias and, if weights are shifted, a shift. What is read is a byte per input.
+    """
+    n_out, n_in = shape
+    unit = n_in + groups * (4 + 4 + 4 * shifts)
+    fixed = int(EVENT_FIFO.value) + 4 * groups * shifts
+    if config.kernel == "row":
+        fixed += buffer_overflow(n_in)
+    return Demand(name, np.full(n_out, unit, np.int64), fixed)
+
+
 def table_demand(name: str, shape: tuple[int, ...], config: SpiNNaker2Config) -> Demand:
     """Return the demand of an embedding table of ``shape`` (rows, columns), cut by rows."""
     n_rows, n_columns = shape
@@ -223,11 +238,12 @@ Wanted = tuple[Sequence[Demand], Where]
 def place(wanted: Sequence[Wanted], layers: Sequence[EGRULayer], config: SpiNNaker2Config) -> PEMap:
     """Place stages on PEs in the order given; those wanted on the host, or ``auto`` and too large, are left out.
 
-    Parameters: ``layers`` are the EGRU layers among them, for saying which sparsity would fit.
+    Parameters: ``layers`` are the EGRU layers among them, for saying which sparsity would fit, and which a list of
+    ``config.pes`` means; without any it means all stages.
     Raises: LoweringError naming the stage, its bytes and what would fit; ConfigError for PEs of an unknown layer.
     """
     names = [demand.name for demands, _ in wanted for demand in demands]
-    chosen = _chosen(config, [layer.name for layer in layers], names)
+    chosen = _chosen(config, [layer.name for layer in layers] or names, names)
     room = config.chips * config.pes_per_chip
     counts: dict[str, int] = {}
     for demands, where in wanted:
@@ -336,9 +352,9 @@ def _mend(
             middle = (low + high) // 2
             low, high = (low, middle) if fits(demands(middle)) else (middle, high)
         ways.append(f"a sparsity of {high / 10:g} % in every layer")
-    elif config.storage == "dense":
+    elif config.storage == "dense" and layers:
         ways.append("storage=csr with a pruned model")
-    if not any(layer.name == name for layer in layers):
+    if layers and not any(layer.name == name for layer in layers):
         ways.append("leaving it on the host")
     less = ["numerics=int8 takes less memory"] if config.numerics == "fp32" else []
     return "; ".join([f"would fit: {', or '.join(ways)}", *less] if ways else less) or "use a smaller model"

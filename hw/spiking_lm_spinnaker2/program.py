@@ -10,17 +10,14 @@ from numpy.typing import NDArray
 
 from spiking_lm.config import parse_config
 from spiking_lm.errors import DataError
-from spiking_lm.hardware import Figure, Grade, PlacedOp, Program, ProgramReport, ProgramResult
+from spiking_lm.hardware import Figure, PlacedOp, Program, ProgramReport, ProgramResult
 from spiking_lm_spinnaker2.config import SpiNNaker2Config
-from spiking_lm_spinnaker2.energy import calibrated, constants_used, costs, operating_point
+from spiking_lm_spinnaker2.energy import constants_used, operating_point
+from spiking_lm_spinnaker2.figures import memory_figures, run_figures, warnings
+from spiking_lm_spinnaker2.integer_program import IntegerProgram
 from spiking_lm_spinnaker2.mapping import PEMap, Wanted, egru_demand, index_bytes, linear_demand, place, table_demand
 from spiking_lm_spinnaker2.simulator import LayerState, Simulator, summarise
 from spiking_lm_spinnaker2.weights import Array, EGRULayer, Linear, Parts, SparseRows, Table, tensor
-
-NOT_A_MEASUREMENT = (
-    "time and energy come from a model of the chip that is calibrated on one published point; nothing was measured on "
-    "a chip"
-)
 
 
 class SpiNNaker2Program(Program):
@@ -83,14 +80,16 @@ class SpiNNaker2Program(Program):
     def report(self, result: ProgramResult | None = None) -> ProgramReport:
         """Say what it occupies and, given what a run counted, how long that takes and what it costs."""
         counters = result.counters if result is not None and result.counters["tokens"] else None
-        figures = self._memory_figures() + ([] if counters is None else self._run_figures(counters))
+        figures = memory_figures(self.pe_map) + ([] if counters is None else self._run_figures(counters))
+        ops = [self.parts.embedding.name, *(head.name for head in self.parts.head)]
+        host = [name for name in ops if self.pe_map.get(name) is None]
         return ProgramReport(
             self.backend,
             self.model,
             tuple(self._placement()),
             tuple(figures),
             constants_used(self.config, mac_array=self._uses_mac_array),
-            tuple(self._warnings(counters)),
+            tuple(warnings(counters, self.pe_map, self.config, host)),
         )
 
     @property
@@ -125,71 +124,11 @@ class SpiNNaker2Program(Program):
             return PlacedOp(name, kind, "host", "host", form, weights, weights * size + 4 * others)
         return PlacedOp(name, kind, "embedded-core", self.pe_map.where(stage), form, weights, sum(stage.pe_bytes))
 
-    def _memory_figures(self) -> list[Figure]:
-        per_stage = ", ".join(f"{stage.name} {stage.n_pes}" for stage in self.pe_map.stages)
-        return [
-            Figure("PEs", self.pe_map.n_pes, "PEs", "derived", per_stage),
-            Figure("chips", self.pe_map.chips, "chips", "derived", f"of {self.config.pes_per_chip} usable PEs"),
-            Figure("memory per PE, max", self.pe_map.max_bytes / 1e3, "kB", "derived", "of 94.2 kB for data"),
-        ]
-
     def _run_figures(self, counters: dict[str, Any]) -> list[Figure]:
-        tokens, stages = counters["tokens"], counters["stages"]
-        found = costs(counters, self.pe_map, self.config)
-        grade: Grade = "derived" if calibrated(self.config) else "assumed"
-        basis = "calibrated on one published point"
-        if grade == "assumed":
-            basis = "prediction: these options are not those of the published point"
-        layers = {layer.name: layer for layer in self.parts.layers}
-        events = {stage["op"]: stage["packets"] / tokens for stage in stages if stage["op"] in layers}
-        activity = ", ".join(f"{name} {100 * n / layers[name].n_units:.1f} %" for name, n in events.items())
-        packets = counters["host_packets"] + sum(stage["packets"] for stage in stages)
-        macs, useful = (sum(stage[key] for stage in stages) for key in ("macs", "useful_macs"))
-        parts = (
-            ("base", found.base_mj),
-            ("busy", found.busy_mj),
-            ("packets", found.packets_mj),
-            ("DRAM", found.dram_mj),
-        )
-        split = ", ".join(f"{name} {value / tokens:.3g}" for name, value in parts)
-        return [
-            Figure("time per token", found.time_ms / tokens, "ms", grade, f"{self.config.schedule}; {basis}"),
-            Figure("tokens per second", 1e3 * tokens / found.time_ms, "tokens/s", grade, basis),
-            Figure("latency of one token", found.token_latency_ms, "ms", grade, f"{len(stages)} stages"),
-            Figure("time of the run", found.time_ms, "ms", grade, f"{tokens} tokens"),
-            Figure("energy per token", found.energy_mj / tokens, "mJ", grade, f"{split}; {basis}"),
-            Figure("energy of the run", found.energy_mj, "mJ", grade, f"{tokens} tokens"),
-            Figure("mean power", found.power_mw, "mW", grade, f"unused PEs {self.config.unused_pes}"),
-            Figure("events per token", sum(events.values()), "events", "simulated", f"active units: {activity}"),
-            Figure("packets per token", packets / tokens, "packets", "simulated", "those from the host included"),
-            Figure("MACs per token", macs / tokens, "MACs", "simulated", f"{self.config.kernel} kernel"),
-            Figure("MACs with a non-zero input", useful / tokens, "MACs", "simulated"),
-            Figure("overruns", sum(stage["overruns"] for stage in stages), "stages", "simulated", "beyond the tick"),
-        ]
-
-    def _warnings(self, counters: dict[str, Any] | None) -> list[str]:
-        config, warnings = self.config, [NOT_A_MEASUREMENT]
-        ops = [self.parts.embedding.name, *(head.name for head in self.parts.head)]
-        host = [name for name in ops if self.pe_map.get(name) is None]
-        if host:
-            warnings.append(f"on the host, and outside the figures of time and energy: {', '.join(host)}")
-        if not config.e_packet:
-            warnings.append("the energy of a packet was never published and counts as 0 (option e_packet, pJ)")
-        if not config.e_dram:
-            warnings.append("the energy of DRAM was never published and counts as 0 (option e_dram, pJ per byte)")
-        if self.pe_map.chips > 1:
-            warnings.append("the time that packets take between chips is not modelled")
-        if config.schedule == "pipelined":
-            warnings.append("pipelining needs the text in advance; to generate, a token takes the latency of one token")
-        if counters is not None:
-            overruns, overflows = (
-                sum(stage[key] for stage in counters["stages"]) for key in ("overruns", "accumulator_overflows")
-            )
-            if overruns:
-                warnings.append(f"{overruns} stages took longer than the tick: on the chip they fall out of step")
-            if overflows:
-                warnings.append(f"{overflows} sums exceed the 24-bit accumulator of the MAC array; 32 bits were kept")
-        return warnings
+        tokens, layers = counters["tokens"], {layer.name: layer for layer in self.parts.layers}
+        events = {stage["op"]: stage["packets"] for stage in counters["stages"] if stage["op"] in layers}
+        shares = ", ".join(f"{x} {100 * n / tokens / layers[x].n_units:.1f} %" for x, n in events.items())
+        return run_figures(counters, self.pe_map, self.config, sum(events.values()), f"active units: {shares}")
 
     # -- folder --------------------------------------------------------------------------------------------------------
 
@@ -231,9 +170,11 @@ class SpiNNaker2Program(Program):
         return record, tensors
 
     @classmethod
-    def from_folder(cls, record: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> SpiNNaker2Program:
-        """Rebuild a program. Raises DataError naming what is missing or wrong."""
+    def from_folder(cls, record: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Program:
+        """Rebuild a program, of this class or an :class:`IntegerProgram`. Raises DataError naming what is wrong."""
         try:
+            if "ops" in record:
+                return IntegerProgram.from_folder(record, tensors)
             config = parse_config(SpiNNaker2Config, record["options"], where="program.json, options", error=DataError)
             int8 = config.numerics == "int8"
             name = record["embedding"]["op"]

@@ -33,6 +33,7 @@ def spiking_lm_converters(register: Register) -> None:
             tokenizer="spiking_lm_spikellm.sources:tokenizer",
             config="spiking_lm_spikellm.conversion_config:SpikeLLMConversion",
             calibrate="spiking_lm_spikellm.pipeline:calibrate",
+            outline="spiking_lm_spikellm.pipeline:outline",
         )
     )
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spiking_lm.gif import gif_encode
+from spiking_lm.integers import IntegerLayer, SpikeProduct, integer_layer
 from spiking_lm.kernels import gif_linear
 from spiking_lm.quantization import QuantizedWeight, round_to_nearest
 from spiking_lm.schemes import OFF, ActivationScheme, WeightScheme
@@ -115,6 +116,13 @@ class SpikingLinear(nn.Module):
         """Return the packed matrix as codes and grid."""
         shape = (self.out_features, self.in_features)
         return QuantizedWeight.from_tensors(self._packed(), self.weights, shape)
+
+    def integer_layer(self, name: str) -> IntegerLayer:
+        """Return the layer as whole numbers; ``name`` is for errors. Raises: LoweringError without a static scale."""
+        if self.weights.off or self.scale is None:
+            SpikeProduct(name, self.weights, self.activations).check()
+        assert self.scale is not None
+        return integer_layer(name, self.quantized_weight(), self.activations, self.scale, self.salient, self.bias)
 
     def make_room(self, stored: Mapping[str, Tensor]) -> None:
         """Take on the form of packed tensors that are about to be loaded, which depends on what is packed.

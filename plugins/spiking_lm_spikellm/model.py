@@ -15,22 +15,25 @@ Llama, Mistral or Qwen2 itself; module names are those of Hugging Face.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spiking_lm import host
 from spiking_lm.errors import UsageError
 from spiking_lm.gif import TokenCounts, gif_encode_tokens, gif_quantize_tokens, levels
 from spiking_lm.graph import LMGraph, Op, ValueKind
+from spiking_lm.integers import SpikeProduct
 from spiking_lm.interfaces import LMOutput, SpikeSite, SpikingLanguageModel, State
 from spiking_lm.schemes import OFF, ActivationScheme, CacheScheme
 from spiking_lm.watch import LARGEST_INTEGER, check_range
 from spiking_lm_spikellm.config import SpikeLLMConfig
 from spiking_lm_spikellm.layers import Head, Mode, Record, SpikingLinear
-from spiking_lm_spikellm.rotation import ResidualRotation, operations, rotate
+from spiking_lm_spikellm.rotation import ResidualRotation, operations, orthogonal, rotate, sizes
 
 Kept = Tensor | TokenCounts
 """Keys or values of all tokens so far, ``(B, H, L, d)``: real, or as counts with the range of each token and head."""
@@ -367,11 +370,16 @@ class SpikeLLM(SpikingLanguageModel):
 
     def graph(self) -> LMGraph:
         """Describe one token; attention is charged for the average context of a text of ``ctx_len`` tokens."""
-        return LMGraph(tuple(_ops(self.config)))
+        return LMGraph(tuple(_ops(self.config, self.get_submodule)))
 
 
-def _ops(config: SpikeLLMConfig) -> list[Op]:
-    """List the operations of one token, in order."""
+def graph_of(config: SpikeLLMConfig) -> LMGraph:
+    """Return the graph of a model that is not there yet: all that its configuration tells."""
+    return LMGraph(tuple(_ops(config)))
+
+
+def _ops(config: SpikeLLMConfig, module: Callable[[str], nn.Module] | None = None) -> list[Op]:
+    """List the operations of one token, in order; ``module`` finds the projections by name."""
     listed: list[Op] = []
     size, inner = config.n_embd, config.n_inner
     queries, keys = config.n_head * config.head_size, config.kv_heads * config.head_size
@@ -383,30 +391,47 @@ def _ops(config: SpikeLLMConfig) -> list[Op]:
         return name
 
     def norm(name: str, source: str) -> str:
-        return add(name, "norm", (source,), size, module=name, other_ops=4 * size)
+        dynamics = host.RMSNorm(config.norm_eps)
+        return add(name, "norm", (source,), size, module=name, dynamics=dynamics, other_ops=4 * size)
 
-    def counted(name: str, source: str, n: int, scheme: ActivationScheme | CacheScheme, bits: int) -> str:
+    def counted(name: str, source: str, n: int, scheme: ActivationScheme | CacheScheme, bits: int, **more: Any) -> str:
         """Add the neurons of a site, if there are any, and return what the next op reads."""
         if bits >= OFF:
             return source
-        most = levels(ActivationScheme(bits=bits, salient=scheme.salient, grid=scheme.grid), salient=True)
+        counts = ActivationScheme(bits=bits, salient=scheme.salient, grid=scheme.grid)
+        most = levels(counts, salient=True)
         kind: ValueKind = "integer" if most <= LARGEST_INTEGER else "graded"
-        return add(name, "neuron", (source,), n, kind, other_ops=6 * n)
+        if isinstance(scheme, CacheScheme):
+            more["dynamics"] = host.TokenNeurons(config.head_size, levels(counts), most)
+        return add(name, "neuron", (source,), n, kind, other_ops=6 * n, **more)
+
+    def kept(name: str, source: str) -> str:
+        """Add the neurons of keys or values."""
+        marked = {"salient": f"{p}.self_attn.salient_{name[0]}"} if config.cache.salient is not None else {}
+        site = f"{p}.self_attn.{name}"
+        return counted(site, source, keys, config.cache, config.cache.bits, parameters=marked)
 
     def projection(name: str, source: str, n_out: int, n_in: int) -> str:
         scheme = config.activations
+        export = None if module is None else partial(cast(SpikingLinear, module(name)).integer_layer, name)
+        dynamics = SpikeProduct(name, config.weights, scheme, export)
         if scheme.bits >= OFF:
-            return add(name, "linear", (source,), n_out, module=name, weight=(n_out, n_in))
+            return add(name, "linear", (source,), n_out, module=name, weight=(n_out, n_in), dynamics=dynamics)
         source = counted(f"{name}.input", source, n_in, scheme, scheme.bits)
         held = {"weight": f"{name}.weight"} | ({"bias": f"{name}.bias"} if _biased(config, name) else {})
-        return add(name, "linear", (source,), n_out, weight=(n_out, n_in), parameters=held)
+        return add(name, "linear", (source,), n_out, weight=(n_out, n_in), parameters=held, dynamics=dynamics)
 
-    def rotated(name: str, source: str, n: int, row: int) -> str:
+    def rotated(name: str, source: str, n: int, row: int, *, stride: int = 1, back: bool = False) -> str:
         """Add the rotation of ``n`` values in rows, if the model has been rotated."""
         if not config.rotation:
             return source
-        return add(name, "elementwise", (source,), n, other_ops=n // row * operations(row))
+        held = {"signs": "model.rotation.signs"} if name.startswith("model.rotate") else {}
+        how, cost = _rotation(row, stride, back), n // row * operations(row)
+        return add(name, "elementwise", (source,), n, other_ops=cost, dynamics=how, parameters=held)
 
+    frequencies = Rotary(config).frequencies(torch.float64, torch.device("cpu"))
+    turning = host.Rotary(tuple(frequencies.tolist()))
+    attention = host.Attention(config.n_head, config.kv_heads, config.head_size, config.sliding_window)
     x = add("model.embed_tokens", "embedding", ("tokens",), size, module="model.embed_tokens")
     x = rotated("model.rotate", x, size, size)
     for i in range(config.n_layer):
@@ -415,31 +440,39 @@ def _ops(config: SpikeLLMConfig) -> list[Op]:
         q = projection(f"{p}.self_attn.q_proj", normed, queries, size)
         k = projection(f"{p}.self_attn.k_proj", normed, keys, size)
         v = projection(f"{p}.self_attn.v_proj", normed, keys, size)
-        q = add(f"{p}.self_attn.q_rotary", "elementwise", (q,), queries, other_ops=3 * queries)
-        k = add(f"{p}.self_attn.k_rotary", "elementwise", (k,), keys, other_ops=3 * keys)
+        q = add(f"{p}.self_attn.q_rotary", "elementwise", (q,), queries, other_ops=3 * queries, dynamics=turning)
+        k = add(f"{p}.self_attn.k_rotary", "elementwise", (k,), keys, other_ops=3 * keys, dynamics=turning)
         if _rotates_keys(config):
             q = rotated(f"{p}.self_attn.rotate_q", q, queries, config.head_size)
             k = rotated(f"{p}.self_attn.rotate_k", k, keys, config.head_size)
-        q = counted(f"{p}.self_attn.queries", q, queries, ActivationScheme(), config.cache.query_bits)
-        if config.cache.key_range == "token":
-            k = counted(f"{p}.self_attn.keys", k, keys, config.cache, config.cache.bits)
-        v = counted(f"{p}.self_attn.values", v, keys, config.cache, config.cache.bits)
+        q = counted(f"{p}.self_attn.queries", q, queries, CacheScheme(grid=config.cache.grid), config.cache.query_bits)
+        by_token = config.cache.key_range == "token"
+        k = kept("keys", k) if by_token else k
+        v = kept("values", v)
         cost = round(context * (4 * queries + 5 * config.n_head))  # two products, and a softmax of 5 operations
-        mixed = add(f"{p}.self_attn.attention", "elementwise", (q, k, v), queries, other_ops=cost)
-        mixed = rotated(f"{p}.self_attn.rotate", mixed, queries, config.n_head)
+        how = attention if by_token else None  # keys that depend on later tokens are no dynamics of a token
+        mixed = add(f"{p}.self_attn.attention", "elementwise", (q, k, v), queries, other_ops=cost, dynamics=how)
+        mixed = rotated(f"{p}.self_attn.rotate", mixed, queries, config.n_head, stride=config.head_size)
         out = projection(f"{p}.self_attn.o_proj", mixed, size, queries)
         x = add(f"{p}.add_attention", "residual", (x, out), size, other_ops=size)
         normed = norm(f"{p}.post_attention_layernorm", x)
         gate = projection(f"{p}.mlp.gate_proj", normed, inner, size)
         up = projection(f"{p}.mlp.up_proj", normed, inner, size)
-        gated = add(f"{p}.mlp.gated", "elementwise", (gate, up), inner, other_ops=6 * inner)
+        gated = add(f"{p}.mlp.gated", "elementwise", (gate, up), inner, other_ops=6 * inner, dynamics=host.Gate())
         gated = rotated(f"{p}.mlp.rotate", gated, inner, inner)
         down = projection(f"{p}.mlp.down_proj", gated, size, inner)
         x = add(f"{p}.add_feed_forward", "residual", (x, down), size, other_ops=size)
-    x = rotated("model.rotate_back", x, size, size)
+    x = rotated("model.rotate_back", x, size, size, back=True)
     vocab = config.vocab_size
     add("lm_head", "linear", (norm("model.norm", x),), vocab, module="lm_head", weight=(vocab, size))
     return listed
+
+
+@lru_cache(maxsize=64)
+def _rotation(row: int, stride: int, back: bool) -> host.Rotation:
+    """Return the rotation of rows of ``row`` values, ``stride`` apart, or the turn back."""
+    left, right = (orthogonal(size).numpy() for size in sizes(row))
+    return host.Rotation(left.T if back else left, right.T if back else right, stride, back)
 
 
 def _biased(config: SpikeLLMConfig, projection: str) -> bool:

@@ -28,6 +28,7 @@ from spiking_lm.sealed import COMPLETE, SUMS, listed_files, new_folder, verify_f
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from spiking_lm.graph import LMGraph
     from spiking_lm.interfaces import SpikingLanguageModel
 
 __all__ = [
@@ -207,14 +208,14 @@ def lower(model: SpikingLanguageModel, backend: str, **options: Any) -> Program:
     return program
 
 
-def check_model(model: SpikingLanguageModel, backend: str) -> None:
-    """Say of a model, trained or not, that the backend has no place for one of its ops.
+def check_graph(graph: LMGraph, backend: str, **options: Any) -> None:
+    """Say of the graph of a model, trained or not, that the backend has no place for one of its ops.
 
-    Raises: LoweringError naming the op. What depends on weights, such as memory, is left to :func:`lower`.
+    Raises: LoweringError naming the op. What depends on weights is left to :func:`lower`.
     """
     entry = registry.get("backends", backend)
     if entry.spec.check is not None:
-        entry.load("check")(model)
+        entry.load("check")(graph, parse_config(entry.load("config"), options, where=f"backend {backend!r}"))
 
 
 def load_program(path: str | os.PathLike[str], *, verify: bool = True) -> Program:

@@ -110,7 +110,8 @@ class BackendSpec(Record):
     program: str
     """A :class:`spiking_lm.hardware.Program` subclass in a module that does not import torch."""
     check: str | None = None
-    """``f(model) -> None``: raises LoweringError for what no weights could make fit; runs ask before they train."""
+    """``f(graph, config) -> None``: raises LoweringError for what no weights could make fit; runs ask before they train
+    or convert."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +163,7 @@ class ConverterSpec(Record):
     """
 
     kind = "converters"
-    targets = ("sniff", "convert", "tokenizer", "config", "calibrate")
+    targets = ("sniff", "convert", "tokenizer", "config", "calibrate", "outline")
     sniff: str
     convert: str
     tokenizer: str | None = None
@@ -173,6 +174,9 @@ class ConverterSpec(Record):
     calibrate: str | None = None
     """With ``config``: ``f(config, data, work, *, seed, console) -> (model, report)``. The training part of ``data`` is
     what may be looked at, ``work`` a folder for what an interrupted conversion goes on from, ``report`` JSON-able."""
+    outline: str | None = None
+    """``f(config) -> spiking_lm.graph.LMGraph``: that of the model which ``calibrate`` would return. A recipe that
+    deploys it is told before the conversion that it has no place."""
 
 
 @dataclass(frozen=True, kw_only=True)

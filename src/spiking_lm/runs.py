@@ -19,11 +19,13 @@ from spiking_lm.errors import DataError, InterruptedRunError, MissingExtraError,
 from spiking_lm.files import atomic_write, remove
 from spiking_lm.manifest import describe_environment
 from spiking_lm.preparation import build_model, converter, converter_options, data_of, sample_tokens, source_of
-from spiking_lm.recipe import Overrides, Recipe, load_recipe
+from spiking_lm.recipe import Overrides, Recipe, load_recipe, split_choice
 from spiking_lm.rundir import RunDir, Status, now
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from spiking_lm.graph import LMGraph
 
 
 def run_recipe(
@@ -228,20 +230,27 @@ class _Stages:
 
             prunable(self.model, recipe.prune.parameters)  # a pattern that fits nothing
         if recipe.deploy is not None and "deploy" not in stages:
-            from spiking_lm.hardware import check_model
-
-            check_model(self.model, recipe.deploy["backend"])
+            self._check_deployment(self.model.graph())
         if recipe.compare is not None and not stages:
             from spiking_lm.compare import build_variants
 
             for _ in build_variants(recipe, self.model, self.data, self.console):
                 pass  # one that cannot be built, or not take this run's weights
 
+    def _check_deployment(self, graph: LMGraph) -> None:
+        from spiking_lm.hardware import check_graph
+
+        assert self.recipe.deploy is not None
+        backend, options = split_choice(self.recipe.deploy, "backend")
+        check_graph(graph, backend, **options)
+
     def convert(self) -> None:
         from spiking_lm.checkpoints import load_model, save_checkpoint
         from spiking_lm.report.tables import conversion_tables
 
         recipe, work = self.recipe, self.run.path / "conversion"
+        if recipe.deploy is not None and converter(recipe).spec.outline is not None:
+            self._check_deployment(converter(recipe).load("outline")(converter_options(recipe)))
         model, report = converter(recipe).load("calibrate")(
             converter_options(recipe), self.data, work, seed=recipe.seed, console=self.console
         )
