@@ -56,8 +56,8 @@ class BitspikeConfig(ModelConfig):
     a text takes T steps for each population that waits for another, and its rates are the equilibrium's but for
     rounding."""
     tolerance: float | None = Field(default=None, gt=0)
-    """Stop simulating a text once no rate of its last population has changed by more over a quarter of the steps so
-    far; None: always T steps."""
+    """Stop simulating a text once the rates of its last population have changed by no more, on average, while the steps
+    grew by half; None: always T steps."""
     feedback: bool = False
     """The last population charges the first one at the next step, through a matrix of its own."""
 

@@ -22,7 +22,7 @@ AT_ONCE = 2**24
 """Values of one kind that a simulation computes at a time."""
 
 FIRST_CHECK = 4
-"""Steps after which rates are looked at for the first time, where there is a tolerance; then after a quarter more."""
+"""Steps after which rates are looked at for the first time, where there is a tolerance; then after half as many more."""
 
 
 class Spiking(Reading):
@@ -177,7 +177,7 @@ def _simulate(
             break
         if read.step < due:
             continue
-        due = min(due + max(1, due // 4), config.steps)
+        due = min(due + due // 2, config.steps)
         rate = read.counts[last] / read.step
         if before is not None and config.tolerance is not None:
             change = ((rate - before).abs().mean(2) * left.valid).sum(1) / left.valid.sum(1)
@@ -206,7 +206,7 @@ def pack_bits(spikes: Tensor) -> Tensor:
     """Return spikes ``(T, B, S, N)`` as bits ``(B, S, T, ceil(N / 8))`` of uint8, lowest bit first."""
     bits = spikes.permute(1, 2, 0, 3).to(torch.uint8)
     bits = torch.nn.functional.pad(bits, (0, -bits.shape[-1] % 8))
-    bits = bits.view(*bits.shape[:-1], -1, 8)
+    bits = bits.view(*bits.shape[:-1], bits.shape[-1] // 8, 8)
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=bits.device)
     return (bits * weights).sum(-1, dtype=torch.uint8)
 

@@ -18,7 +18,15 @@ import pytest
 
 pytest.importorskip("hatchling", reason="building needs the extra dev")
 
-PACKAGES = {"spiking_lm", "spiking_lm_spikegpt", "spiking_lm_egru", "spiking_lm_spikellm", "spiking_lm_spinnaker2"}
+PACKAGES = {
+    "spiking_lm",
+    "spiking_lm_spikegpt",
+    "spiking_lm_egru",
+    "spiking_lm_spikellm",
+    "spiking_lm_bitspike",
+    "spiking_lm_spikelm",
+    "spiking_lm_spinnaker2",
+}
 
 SMOKE = """
 import json, sys
