@@ -255,7 +255,9 @@ class _Stages:
             converter_options(recipe), self.data, work, seed=recipe.seed, console=self.console
         )
         self.run.write_json("conversion.json", report)
-        self.model = load_model(save_checkpoint(self.run.path, 0, model, {}, tokenizer=self.data.tokenizer))
+        checkpoint = save_checkpoint(self.run.path, 0, model, {}, tokenizer=self.data.tokenizer)
+        del model  # or it would be in memory twice
+        self.model = load_model(checkpoint)
         self._note_model()
         if work.exists():
             remove(work)
