@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,7 @@ class IntegerProgram(Program):
     """A language model with its matrices on SpiNNaker 2."""
 
     backend: ClassVar[str] = "spinnaker2"
+    reals: ClassVar[Literal["float32", "float64"]] = "float64"
 
     def __init__(self, host: HostModel, pe_map: PEMap, config: SpiNNaker2Config, *, model: str) -> None:
         self.host, self.pe_map, self.config, self.model = host, pe_map, config, model

@@ -52,5 +52,6 @@ def spiking_lm_benchmarks(register: Register) -> None:
             name="spikellm-memory/synthetic",
             summary="peak memory of converting a synthetic Llama of 1.1 billion parameters (2.2 GB of disk, minutes)",
             function="spiking_lm_spikellm.bench_memory:memory",
+            on_request=True,
         )
     )

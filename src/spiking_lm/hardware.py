@@ -136,6 +136,8 @@ class Program(ABC):
     """A model as a backend runs it. Subclasses live in modules that do not import torch."""
 
     backend: ClassVar[str]
+    reals: ClassVar[Literal["float32", "float64"]] = "float32"
+    """In what a run computes what is real: the model that it is compared with is computed in the same."""
     vocab_size: int
 
     @abstractmethod

@@ -195,6 +195,8 @@ class BenchmarkSpec(Record):
     kind = "benchmarks"
     targets = ("function",)
     function: str
+    on_request: bool = False
+    """Runs only when it is named: it takes long, or much room."""
 
 
 @dataclass(frozen=True, kw_only=True)

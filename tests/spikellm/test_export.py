@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import spiking_lm
 from spiking_lm import host, integers
 from spiking_lm.errors import DataError, LoweringError
 from spiking_lm.gif import gif_encode
@@ -269,3 +271,48 @@ def test_a_damaged_folder_is_refused() -> None:
         host.HostModel.from_folder(records, tensors | {name: tensors[name][1:]})
     with pytest.raises(ValueError, match=r"'model\.norm' does not fit"):
         host.HostModel.from_folder(records, tensors | {"model.norm.weight": np.ones(23)})
+
+
+# -- a recipe that converts and deploys --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def settings_of(llama_folder: Path, tmp_path: Path) -> dict[str, Any]:
+    """What makes the recipe quick: a tiny Llama, a page of text, and nothing but conversion and deployment."""
+    text = tmp_path / "text.txt"
+    text.write_text("it is a truth universally acknowledged, that the cat sat on the mat.\n" * 60, encoding="utf-8")
+    stages = ("evaluate", "generate", "explain", "compare", "report")
+    return {
+        "convert.source": str(llama_folder),
+        "convert.calibration": {"samples": 4, "window": 32},
+        "data": {"type": "text", "path": str(text)},
+        "deploy.tokens": 40,
+        **dict.fromkeys(stages),
+    }
+
+
+def test_a_recipe_converts_and_deploys(settings_of: dict[str, Any], tmp_path: Path) -> None:
+    run = spiking_lm.run_recipe("spikellm/spinnaker2", settings_of, out=tmp_path / "runs")
+    account = json.loads((run.path / "deployment.json").read_text(encoding="utf-8"))
+    assert account["largest_difference"] < 1e-4, "beyond the rounding of a model that was stored in float32"
+    assert account["same_guess"] == 1.0
+    assert account["perplexity"] == pytest.approx(account["model_perplexity"], rel=1e-6)
+    assert account["counters"]["tokens"] == 40
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"convert.activations.scale": "dynamic"}, r"'model\.layers\.0\.self_attn\.q_proj' .*dynamic scale"),
+        ({"deploy.pes_per_chip": 9}, r"model\.layers\.1\.self_attn\.v_proj does not fit: .* 9 the chip has"),
+        ({"deploy.numerics": "fp32"}, "whole numbers"),
+    ],
+)
+def test_what_has_no_place_is_refused_before_it_is_converted(
+    change: dict[str, Any], reason: str, settings_of: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(LoweringError, match=reason):
+        spiking_lm.run_recipe("spikellm/spinnaker2", settings_of | change, out=tmp_path / "runs")
+    (run,) = (tmp_path / "runs" / "spikellm" / "spinnaker2").glob("2*")
+    assert not (run / "conversion").exists()
+    assert not (run / "conversion.json").exists()
