@@ -315,7 +315,7 @@ def explain(model: SpikingLanguageModel, tokens: Any = None, *, sample: str | No
         energy=_energy(ops),
         notes=tuple(watch.notes),
     )
-    return dataclasses.replace(found, notes=(*found.notes, *_break_even(found)))
+    return dataclasses.replace(found, notes=(*found.notes, *_break_even(found, graph)))
 
 
 def sample_tokens(vocab_size: int, n: int = 512, *, tokenizer: Any = None) -> tuple[Tensor, str]:
@@ -357,7 +357,7 @@ def _steps(graph: LMGraph, watch: Watch, n_tokens: int) -> dict[str, float]:
     return {op.name: 1.0 if op.steps == 1 else seen.get(op.name, mean or float(op.steps)) for op in graph}
 
 
-def _break_even(found: Explanation) -> tuple[str, ...]:
+def _break_even(found: Explanation, graph: LMGraph) -> tuple[str, ...]:
     """Say whether additions are cheaper than the twin's products, where tokens take several spike steps."""
     additions = found.additions_per_product
     if additions is None or all(op.steps == 1 for op in found.ops):
@@ -373,6 +373,9 @@ def _break_even(found: Explanation) -> tuple[str, ...]:
         words += (
             f". With all operations the model costs {1 / built.ratio_with_other:.2f} times as much as its dense twin"
         )
+    taken, most_steps = max((op.steps, graph[op.name].steps) for op in found.ops if graph[op.name].steps > 1)
+    if taken < 0.999 * most_steps:
+        words += f". Texts that settled early took {taken:.1f} of {most_steps} spike steps on average"
     return (words,)
 
 

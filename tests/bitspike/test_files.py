@@ -201,6 +201,8 @@ def test_explain_counts_the_steps_that_were_taken() -> None:
     key = next(op for op in settled.ops if op.name == "blocks.0.key")
     assert key.steps == pytest.approx(float(taken))
     assert settled.energy[1].synaptic_pj < full.energy[1].synaptic_pj
+    assert any(f"took {float(taken):.1f} of 60 spike steps on average" in note for note in settled.notes)
+    assert not any("settled early" in note for note in full.notes)
 
 
 def test_sequential_models_wait_with_norms_and_say_so() -> None:
