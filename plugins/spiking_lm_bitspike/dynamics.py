@@ -22,7 +22,7 @@ AT_ONCE = 2**24
 """Values of one kind that a simulation computes at a time."""
 
 FIRST_CHECK = 4
-"""Steps after which rates are looked at for the first time, where there is a tolerance; then after half as many more."""
+"""Steps after which rates are looked at for the first time, with a tolerance; then after half as many more."""
 
 
 class Spiking(Reading):
