@@ -42,7 +42,9 @@ class Op:
     ``weight_t`` (in, out), and ``bias``; what it read is then in ``LMOutput.arrived``. Of others: what they need.
     A matrix that is stored packed is named as the attribute that gives it: ``module.weight``."""
     dynamics: object | None = None
-    """What a ``neuron`` computes, for backends: e.g. :class:`~spiking_lm.interfaces.EGRUDynamics`."""
+    """What it computes, for backends: of a ``neuron`` e.g. :class:`~spiking_lm.interfaces.EGRUDynamics`, of a
+    ``linear`` that reads counts of spikes :class:`~spiking_lm.integers.SpikeProduct`, of others a class of
+    :mod:`spiking_lm.host`."""
     other_ops: int = 0
     """Arithmetic per token that NeuroBench does not count (norms, WKV, mixes, gates), in elementary operations; of one
     spike step, where a token takes several."""

@@ -236,9 +236,25 @@ class HostModel:
                 raise ValueError(f"op {op.name!r} does not fit what it reads, {op.inputs}")
             sizes[op.name] = op.size
 
+    def _checked(self, state: Any) -> HostState:
+        """Return ``state`` if it is one of this model. Raises DataError."""
+        mixing = {op.name: op.inputs[1:] for op in self.ops if isinstance(op.dynamics, Attention)}
+        fits = isinstance(state, HostState) and state.caches.keys() == (mixing if state.length else {}).keys()
+        for name, kept in state.caches.items() if fits else ():
+            for x, source in zip(kept, mixing[name], strict=True):
+                op, counted = self.by_name[source], isinstance(x, TokenCounts)
+                values = x.codes if counted else x
+                fits &= counted == isinstance(op.dynamics, TokenNeurons) and values[:1].size in (0, op.size)
+        if not fits:
+            raise DataError("the state is not one of this program", hint="pass the state of an earlier result, or None")
+        return cast(HostState, state)
+
     def run(self, tokens: Array, state: HostState | None = None, watch: Watch | None = None) -> tuple[Real, HostState]:
-        """Read ``tokens (S,)`` behind ``state``; return the logits ``(S, V)`` and the state after them."""
-        state = HostState(0, {}) if state is None else state
+        """Read ``tokens (S,)`` behind ``state``; return the logits ``(S, V)`` and the state after them.
+
+        ``watch`` is called for each product of whole numbers. Raises: DataError for the state of another model.
+        """
+        state = HostState(0, {}) if state is None else self._checked(state)
         logits = np.empty((len(tokens), self.vocab_size))
         for start in range(0, len(tokens), _TOKENS_AT_ONCE):
             part = slice(start, start + _TOKENS_AT_ONCE)

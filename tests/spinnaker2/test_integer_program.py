@@ -202,6 +202,9 @@ def test_the_state_of_another_program_is_refused() -> None:
     program = place(spikellm())
     with pytest.raises(DataError, match="not one of this program"):
         program.run(TOKENS, [(0, 0)])
+    for other in ({"cache": {"bits": 16}}, {"n_layer": 1}, {"n_kv_head": 4}):
+        with pytest.raises(DataError, match="not one of this program"):
+            program.run(TOKENS, place(spikellm(**other)).run(TOKENS).state)
     with pytest.raises(DataError, match="0 to 59"):
         program.run(np.array([60]))
 
