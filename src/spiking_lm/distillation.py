@@ -24,11 +24,10 @@ from spiking_lm.data import LabelledData, TextData, Tokenizer
 from spiking_lm.data.masking import Frame
 from spiking_lm.data.reduced import ReducedTokenizer, tokenizer_of_model
 from spiking_lm.errors import ConfigError, DataError, UsageError
-from spiking_lm.files import sha256_file
 from spiking_lm.generation import evaluating
 from spiking_lm.interfaces import Encoding, SpikingLanguageModel
 from spiking_lm.objectives import Labels, Objective, Output, random_windows
-from spiking_lm.sealed import SUMS
+from spiking_lm.preparation import identity
 from spiking_lm.stages import DistillConfig, PhaseConfig, TrainConfig
 
 if TYPE_CHECKING:
@@ -111,11 +110,6 @@ class Teacher:
                 f"(capabilities: {sorted(self.model.capabilities)})"
             )
         self._ids = _ids_for(own, tokenizer, self.folder)
-
-    @property
-    def identity(self) -> dict[str, str]:
-        """Which model it is: its folder, and the SHA-256 of what the folder holds."""
-        return {"path": str(self.folder), "sha256": sha256_file(self.folder / SUMS)}
 
     def to(self, device: torch.device) -> Teacher:
         """Move it to where the student is."""
@@ -255,16 +249,16 @@ class Distiller:
         number = bisect_right(self.ends, index // self.accumulate)
         return self.config.phases[min(number, len(self.ends) - 1)]
 
-    def begin(self, run: RunDir) -> None:
+    def join(self, run: RunDir) -> None:
         """Note in the manifest whose student it is. Raises: DataError when a resumed run finds another teacher."""
-        identity, before = self.teacher.identity, run.manifest.get("teacher")
-        if before is not None and before["sha256"] != identity["sha256"]:
+        found, before = identity(str(self.teacher.folder)), run.manifest.get("teacher")
+        if before is not None and before["sha256"] != found["sha256"]:
             raise DataError(
-                f"{run.path}: the teacher {identity['path']} is not the one that the run began with "
-                f"(SHA-256 {identity['sha256'][:12]}..., was {before['sha256'][:12]}...)",
+                f"{run.path}: the teacher {found['path']} is not the one that the run began with "
+                f"(SHA-256 {found['sha256'][:12]}..., was {before['sha256'][:12]}...)",
                 hint="restore it, or start a new run",
             )
-        run.update_manifest(teacher={**(before or {}), **identity})
+        run.update_manifest(teacher={**(before or {}), **found})
 
     def losses(
         self, ours: Encoding, inputs: Tensor, lengths: Tensor, phase: PhaseConfig, pooled: Tensor | None = None
@@ -309,6 +303,9 @@ class _Distilled(Objective):
     def parameters(self) -> list[nn.Parameter]:
         return self.distiller.parameters()
 
+    def join(self, run: RunDir) -> None:
+        self.distiller.join(run)
+
     def carried(self) -> list[Tensor]:
         return [parameter.detach() for parameter in self.parameters()]
 
@@ -350,9 +347,6 @@ class DistilledText(_Distilled):
         inputs, _ = self.frame.put(random_windows(data, self.frame.room, 1, seed, 0))
         self.distiller = Distiller(model, data.tokenizer, config, inputs[0].tolist(), seed)
 
-    def begin(self, model: SpikingLanguageModel, run: RunDir, console: Console) -> None:
-        self.distiller.begin(run)
-
     def loss(self, model: SpikingLanguageModel, index: int, *, record: bool) -> tuple[Tensor, Output | None, int]:
         rows = random_windows(self.data, self.frame.room, self.config.batch_size, self.seed, index)
         phase, device = self.distiller.phase(index), next(model.parameters()).device
@@ -389,9 +383,8 @@ class DistilledLabels(_Distilled, Labels):
         self.opinion: Tensor | None = None
         """Its logits, ``(N, num_classes)``."""
 
-    def begin(self, model: SpikingLanguageModel, run: RunDir, console: Console) -> None:
+    def begin(self, run: RunDir, console: Console) -> None:
         """Ask the teacher about every training example once, where a phase needs no more of it than one row each."""
-        self.distiller.begin(run)
         opinion = any(phase.prediction for phase in self.phases)
         if not opinion and not any(phase.pooled for phase in self.phases):
             return

@@ -89,7 +89,11 @@ class Objective(ABC):
         """Return what is trained beside the model, and thrown away with the objective."""
         return []
 
-    def begin(self, model: SpikingLanguageModel, run: RunDir, console: Console) -> None:
+    def join(self, run: RunDir) -> None:
+        """Note in the manifest what else is learned from; DataError when a resumed run finds it changed."""
+        return
+
+    def begin(self, run: RunDir, console: Console) -> None:
         """Prepare what the losses need; called once, when everything is as the next step will find it."""
         return
 

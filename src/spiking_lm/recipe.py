@@ -134,6 +134,7 @@ def resolve(document: dict[str, Any], overrides: Overrides = (), *, where: str =
     if recipe.deploy is not None:
         checked["deploy"] = _check_slot(("deploy",), recipe.deploy, where)
     _check_task(recipe, where)
+    _check_learning(recipe, where)
     recipe = recipe.model_copy(update=checked)
     variants(recipe, where=where)
     return recipe
@@ -332,7 +333,7 @@ def _check_required_plugins(names: Any, where: str) -> None:
 
 
 def _check_task(recipe: Recipe, where: str) -> None:
-    """Refuse a model that cannot read the data, and for clips of events the stages that need a text."""
+    """Refuse a model that cannot read the data, what cannot be learned from it, and clips where text is needed."""
     data, model = recipe.data["type"], recipe.model["type"]
     clips = _holds_clips(data)
     if clips != ("clips" in registry.get("models", model).spec.capabilities):
@@ -346,6 +347,32 @@ def _check_task(recipe: Recipe, where: str) -> None:
             f"{where}: {', '.join(stages)}: works on tokens, and the dataset {data!r} holds clips of events",
             hint="clips can be trained on, evaluated, compared and reported",
         )
+
+
+def _check_learning(recipe: Recipe, where: str) -> None:
+    """Refuse a training that the data or the model cannot have, as far as their names alone tell."""
+    train, data, model = recipe.train, recipe.data["type"], recipe.model.get("type", "")
+    if train is None:
+        return
+    text = registry.get("datasets", data).spec.task == "text"
+    wrong = {
+        "objective: {type: masked}": train.objective.type == "masked" and not text,
+        "label_smoothing": train.label_smoothing > 0 and text,
+        "distill": train.distill is not None and _holds_clips(data),
+    }
+    for field in (field for field, present in wrong.items() if present):
+        has = "running text" if text else "labelled examples"
+        raise RecipeError(f"{where}: train.{field}: the dataset {data!r} holds {has}", hint="leave it out")
+    can = registry.get("models", model).spec.capabilities
+    if train.distill is not None and "encode" not in can:
+        raise RecipeError(f"{where}: train.distill: the model {model!r} encodes no texts, so it cannot be a student")
+    if text and train.distill is None:
+        needed = "mlm" if train.objective.type == "masked" else "lm"
+        if needed not in can:
+            raise RecipeError(
+                f"{where}: train.objective: the model {model!r} cannot learn {train.objective.type}",
+                hint="encoders learn masked tokens" if needed == "lm" and "mlm" in can else None,
+            )
 
 
 def _holds_clips(dataset: Any) -> bool:

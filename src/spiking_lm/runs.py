@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Any
 from spiking_lm.errors import DataError, InterruptedRunError, MissingExtraError, SpikingLMError, UsageError
 from spiking_lm.files import atomic_write, remove
 from spiking_lm.manifest import describe_environment
-from spiking_lm.preparation import build_model, converter, converter_options, data_of, sample_tokens, source_of
+from spiking_lm.preparation import (
+    build_model,
+    converter,
+    converter_options,
+    data_of,
+    identity,
+    sample_tokens,
+    source_of,
+)
 from spiking_lm.recipe import Overrides, Recipe, load_recipe, split_choice
 from spiking_lm.rundir import RunDir, Status, now
 
@@ -199,6 +207,8 @@ class _Stages:
             self.model = load_model(checkpoint)
         elif recipe.convert is None:
             self.model = build_model(recipe, self.data)
+            if recipe.train is not None and recipe.train.start is not None:
+                run.update_manifest(start=identity(recipe.train.start))
         if recipe.convert is None:
             self._note_model()
             self._check_later_stages()
@@ -225,6 +235,8 @@ class _Stages:
     def _check_later_stages(self) -> None:
         """Say what a later stage will refuse before hours are spent on the model."""
         recipe, stages = self.recipe, self.run.manifest["stages"]
+        if recipe.generate is not None and "lm" not in self.model.capabilities:
+            raise UsageError(f"generate: this {recipe.model['type']} model says nothing about what comes next")
         if recipe.prune is not None:
             from spiking_lm.pruning import prunable
 

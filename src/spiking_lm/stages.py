@@ -142,6 +142,8 @@ class TrainConfig(StrictModel):
             raise ValueError("sampling: stream carries the state of a causal model; an encoder has none")
         if self.objective.type == "masked" and self.distill is not None:
             raise ValueError("objective: masked and distill both say what is learned from a text: leave one out")
+        if self.start is not None and self.distill is not None and self.distill.embedding == "pca":
+            raise ValueError("start and distill.embedding: pca both say where the embedding begins: leave one out")
         return self
 
 

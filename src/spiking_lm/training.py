@@ -87,6 +87,7 @@ def train(
     assert config is not None
     console = console or Console(stderr=True)
     objective = objective_for(model, data, config, recipe.seed)
+    objective.join(run)
     optimizer = make_optimizer(model, config.optimizer, objective.parameters())
     trained = [*model.parameters(), *objective.parameters()]
     start, elapsed, threads = 0, 0.0, config.threads
@@ -109,7 +110,7 @@ def train(
     watch = _NeuronWatch(console, quiet_until=max(config.schedule.warmup, config.steps // 20))
     display = _progress(console, config.steps, start, objective.unit)
     with _threads(threads), _interruptible() as interrupted, display as progress:
-        objective.begin(model, run, console)
+        objective.begin(run, console)
         for step in range(start, config.steps):
             tick = time.perf_counter()
             last = step + 1 == config.steps
