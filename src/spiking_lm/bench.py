@@ -415,7 +415,7 @@ def available() -> list[str]:
 
 
 def select(wanted: Sequence[str]) -> list[str]:
-    """Return the benchmarks whose name is, or begins with, one of ``wanted`` (all when it is empty).
+    """Return the benchmarks whose name is, or begins with, one of ``wanted``; when it is empty, all but large ones.
 
     Raises: UnknownNameError for a name that fits none.
     """
@@ -426,7 +426,9 @@ def select(wanted: Sequence[str]) -> list[str]:
         if not fitting:
             raise UnknownNameError("benchmark", name, [*known, *{row.partition("/")[0] for row in known}])
         chosen.update(fitting)
-    return [row for row in known if not wanted or row in chosen]
+    if not wanted:
+        chosen.update(row for row in known if not registry.get("benchmarks", row).spec.on_request)
+    return [row for row in known if row in chosen]
 
 
 def run(names: Sequence[str], *, n_threads: int = 1, repeats: int = 5) -> Iterator[list[Row]]:

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 
 def command(
-    names: list[str] = typer.Argument([], metavar="[NAME]...", help="A row or a group, e.g. lif; without any, all."),
+    names: list[str] = typer.Argument(
+        [], metavar="[NAME]...", help="A row or a group, e.g. lif; without any, all but large ones."
+    ),
     only: list[str] = typer.Option([], "--only", metavar="NAME", help="The same, as an option that may be repeated."),
     as_json: bool = typer.Option(
         False, "--json", help="Print everything as JSON, or write it to a NAME ending in .json."
