@@ -513,11 +513,11 @@ def _forget(path: Path) -> None:
 
 @contextmanager
 def _naming(index: int) -> Iterator[None]:
-    """Have errors say in which block they happened."""
+    """Have errors say in which block they happened, counted from 1 as it is shown."""
     try:
         yield
     except SpikingLMError as error:
-        error.message = f"block {index}: {error.message}"
+        error.message = f"block {index + 1}: {error.message}"
         error.args = (error.message,)
         raise
 

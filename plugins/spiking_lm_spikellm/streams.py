@@ -57,7 +57,7 @@ class Stream:
 def _allocate(path: Path, size: int) -> None:
     """Make a file of zeros that has its place on the disk: one without would kill the process once the disk is full."""
     try:
-        with writing(path, f"no place for {size / 1e6:,.0f} MB of hidden states"), path.open("wb") as file:
+        with writing(path, f"no place for {size / 1e6:,.1f} MB of hidden states"), path.open("wb") as file:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)
             else:

@@ -179,7 +179,7 @@ def test_a_full_disk_is_said_and_finished_blocks_are_kept(
 
     with monkeypatch.context() as context:
         context.setattr(streams, "_allocate", fill_up)
-        with pytest.raises(DataError, match=r"block 1: .*no place for .*No space left"):
+        with pytest.raises(DataError, match=r"block 2: .*no place for .*No space left"):
             calibrate(llama_folder, text, tmp_path / "work", **WAYS["salient"])
     monkeypatch.undo()
     assert len(list((tmp_path / "work").glob("block-*"))) == 1
@@ -199,7 +199,7 @@ def test_weights_that_are_not_finite_are_named(
     tensors = load_file(tmp_path / "bad" / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
     save_file(tensors, tmp_path / "bad" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(DataError, match=r"block 1: mlp.up_proj.weight of .* is not finite"):
+    with pytest.raises(DataError, match=r"block 2: mlp.up_proj.weight of .* is not finite"):
         calibrate(tmp_path / "bad", text, tmp_path / "work", **WAYS["gptq"])
 
 

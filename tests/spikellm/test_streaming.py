@@ -212,7 +212,7 @@ def test_states_that_are_not_finite_name_the_block(
             target[slice(0, 1)] = torch.full((1, *target.shape[1:]), math.inf)
 
     monkeypatch.setattr(Walk, "finish", overflowing)
-    with pytest.raises(DivergedError, match=r"^block 2: ") as caught:
+    with pytest.raises(DivergedError, match=r"^block 3: ") as caught:
         calibrate(deep, text, tmp_path / "work", omni=None, gptq={})
     assert caught.value.hint is not None
     assert len(list((tmp_path / "work").glob("block-*"))) == 2
