@@ -7,6 +7,7 @@ two are laid on each other. docs/distillation.md is the page for users.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
@@ -17,13 +18,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from spiking_lm.checkpoints import load_model, resolve_model
 from spiking_lm.data import LabelledData, TextData, Tokenizer
 from spiking_lm.data.masking import Frame
 from spiking_lm.data.reduced import ReducedTokenizer, tokenizer_of_model
+from spiking_lm.data.sets import joint_hash
+from spiking_lm.data.tokenfile import default_cache_dir
 from spiking_lm.errors import ConfigError, DataError, UsageError
+from spiking_lm.files import atomic_write
 from spiking_lm.generation import evaluating
 from spiking_lm.interfaces import Encoding, SpikingLanguageModel
 from spiking_lm.objectives import Labels, Objective, Output, random_windows
@@ -38,6 +44,8 @@ if TYPE_CHECKING:
 
 MASKED = -100.0
 """An attention score at most this stands for a place that is masked."""
+
+_POOLED_AT_ONCE = 128
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 """What a probe may pay for the square of its weights; the validation part chooses."""
@@ -110,6 +118,7 @@ class Teacher:
                 f"(capabilities: {sorted(self.model.capabilities)})"
             )
         self._ids = _ids_for(own, tokenizer, self.folder)
+        self.identity = identity(str(self.folder))
 
     def to(self, device: torch.device) -> Teacher:
         """Move it to where the student is."""
@@ -121,6 +130,30 @@ class Teacher:
     def encode(self, tokens: Tensor, lengths: Tensor) -> Encoding:
         """Encode the student's ``tokens (B, S)``."""
         return self.model.encode(tokens if self._ids is None else self._ids[tokens], lengths)
+
+    def pool(self, data: LabelledData, split: str, limit: int) -> Tensor:
+        """Return what it pools of the examples of a split, ``(N, H)``, each cut at ``limit`` tokens.
+
+        Kept in the cache, since many students ask the same.
+        """
+        examples: Sequence[Example] = getattr(data, split)
+        key = joint_hash(self.identity["sha256"], data.sha256, split, str(limit))
+        file = default_cache_dir() / "teachers" / f"{key[:32]}.safetensors"
+        device = next(self.model.parameters()).device
+        with contextlib.suppress(OSError, SafetensorError, KeyError):  # not there or damaged
+            known = load_file(file)["pooled"]
+            if len(known) == len(examples):
+                return known.to(device)
+        order = sorted(range(len(examples)), key=lambda i: data.length(examples[i]))
+        parts = []
+        for first in range(0, len(order), _POOLED_AT_ONCE):
+            batch = data.batch([examples[i] for i in order[first : first + _POOLED_AT_ONCE]], limit)
+            inputs, lengths = (torch.from_numpy(part).to(device) for part in batch)
+            parts.append(self.encode(inputs, lengths).pooled)
+        pooled = torch.cat(parts)[torch.tensor(order).argsort()]
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs time alone
+            atomic_write(file, save({"pooled": pooled.cpu().contiguous()}))
+        return pooled
 
     def vectors(self) -> Tensor:
         """Return its embeddings of the student's tokens, ``(V, H)``."""
@@ -251,7 +284,7 @@ class Distiller:
 
     def join(self, run: RunDir) -> None:
         """Note in the manifest whose student it is. Raises: DataError when a resumed run finds another teacher."""
-        found, before = identity(str(self.teacher.folder)), run.manifest.get("teacher")
+        found, before = self.teacher.identity, run.manifest.get("teacher")
         if before is not None and before["sha256"] != found["sha256"]:
             raise DataError(
                 f"{run.path}: the teacher {found['path']} is not the one that the run began with "
@@ -389,10 +422,11 @@ class DistilledLabels(_Distilled, Labels):
         if not opinion and not any(phase.pooled for phase in self.phases):
             return
         with console.status("the teacher reads the training examples"):
-            self.pooled = self._pool(self.texts.train)
+            self.pooled, valid = (
+                self.distiller.teacher.pool(self.texts, split, self.config.seq_len) for split in ("train", "valid")
+            )
             if not opinion:
                 return
-            valid = self._pool(self.texts.valid)
             found = self._opinion(self.pooled, valid)
         run.update_manifest(teacher={**run.manifest["teacher"], **found})
         console.print(
@@ -400,17 +434,6 @@ class DistilledLabels(_Distilled, Labels):
             f"{found['valid_accuracy']:.1%} of the validation examples",
             highlight=False,
         )
-
-    def _pool(self, examples: Sequence[Example]) -> Tensor:
-        """Return what the teacher pools of examples, ``(N, H)``, batching those of similar length."""
-        order = sorted(range(len(examples)), key=lambda i: self.texts.length(examples[i]))
-        size, device = 4 * self.config.batch_size, self.distiller.projections[0].weight.device
-        parts = []
-        for first in range(0, len(order), size):
-            batch = self.texts.batch([examples[i] for i in order[first : first + size]], self.config.seq_len)
-            inputs, lengths = (torch.from_numpy(part).to(device) for part in batch)
-            parts.append(self.distiller.teacher.encode(inputs, lengths).pooled)
-        return torch.cat(parts)[torch.tensor(order).argsort()]
 
     def _opinion(self, pooled: Tensor, valid: Tensor) -> dict[str, Any]:
         """Form the teacher's opinion, by its own head where it has one for these classes, else by a probe."""

@@ -35,6 +35,11 @@ def toy_is_registered() -> Iterator[None]:
     registry.set_manager(previous)
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPIKING_LM_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="session")
 def wordpiece() -> Tokenizer:
     vocabulary = {word: i for i, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS))}

@@ -237,6 +237,24 @@ def test_a_distillation_that_was_stopped_is_the_uninterrupted_one(labelled: Path
     assert losses(run)[4:] == losses(other)
 
 
+def test_a_teacher_is_asked_once_about_the_same_texts(
+    labelled: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = data.load(labelled_data(labelled, path=str(teacher), keep="seen"))
+    assert isinstance(corpus, data.LabelledData)
+    asked = Teacher(str(teacher), corpus.tokenizer)
+    pooled = asked.pool(corpus, "train", 12)
+    inputs, lengths = (torch.from_numpy(part) for part in corpus.batch(corpus.train, 12))
+    torch.testing.assert_close(pooled, asked.encode(inputs, lengths).pooled)
+    (file,) = (tmp_path / "cache" / "teachers").iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(Teacher, "encode", None)
+        assert torch.equal(asked.pool(corpus, "train", 12), pooled)
+    file.write_bytes(file.read_bytes()[:100])
+    torch.testing.assert_close(asked.pool(corpus, "train", 12), pooled, rtol=0, atol=0)
+    assert not torch.equal(asked.pool(corpus, "train", 4), pooled), "other texts, as they are cut"
+
+
 def test_another_teacher_in_the_middle_is_refused(labelled: Path, teacher: Path, wordpiece: Tokenizer) -> None:
     asked = labelled_recipe(labelled, teacher, steps=4, save_every=2)
     run, _ = run_training(asked)
