@@ -117,12 +117,16 @@ class SpikingLinear(nn.Module):
         shape = (self.out_features, self.in_features)
         return QuantizedWeight.from_tensors(self._packed(), self.weights, shape)
 
-    def integer_layer(self, name: str) -> IntegerLayer:
-        """Return the layer as whole numbers; ``name`` is for errors. Raises: LoweringError without a static scale."""
+    def integer_layer(self, name: str, *, double: bool = False) -> IntegerLayer:
+        """Return the layer as whole numbers, its thresholds in the layer's own type, or ``double``, as in float64.
+
+        ``name`` is for errors. Raises: LoweringError without a static scale.
+        """
         if self.weights.off or self.scale is None:
             SpikeProduct(name, self.weights, self.activations).check()
         assert self.scale is not None
-        return integer_layer(name, self.quantized_weight(), self.activations, self.scale, self.salient, self.bias)
+        limits = self.scale.double() if double else self.scale
+        return integer_layer(name, self.quantized_weight(), self.activations, limits, self.salient, self.bias)
 
     def make_room(self, stored: Mapping[str, Tensor]) -> None:
         """Take on the form of packed tensors that are about to be loaded, which depends on what is packed.

@@ -378,7 +378,7 @@ def host_model(model: SpikingLanguageModel) -> HostModel:
     for op in graph:
         if isinstance(op.dynamics, SpikeProduct):
             assert op.dynamics.export is not None
-            layer = op.dynamics.export()
+            layer = op.dynamics.export(double=True)
             source = graph[op.inputs[0]]
             ops[source.name] = HostOp(source.name, source.kind, source.inputs, source.size, layer.neurons)
             ops[op.name] = HostOp(op.name, op.kind, op.inputs, op.size, layer.product)

@@ -169,8 +169,9 @@ class SpikeProduct:
     """Of the op."""
     weights: WeightScheme
     activations: ActivationScheme
-    export: Callable[[], IntegerLayer] | None = None
-    """Gives it as whole numbers; None in a graph of a model that is not there yet. Raises LoweringError."""
+    export: Callable[..., IntegerLayer] | None = None
+    """``f(*, double=False)`` gives it as whole numbers, with the thresholds that the model has in its own type or those
+    that it would have in float64. None in a graph of a model that is not there yet. Raises: LoweringError."""
 
     def check(self) -> None:
         """Raise LoweringError, naming the op and what to do, unless schemes as these can be written as whole numbers.
