@@ -421,13 +421,15 @@ class DistilledLabels(_Distilled, Labels):
         opinion = any(phase.prediction for phase in self.phases)
         if not opinion and not any(phase.pooled for phase in self.phases):
             return
-        with console.status("the teacher reads the training examples"):
-            self.pooled, valid = (
-                self.distiller.teacher.pool(self.texts, split, self.config.seq_len) for split in ("train", "valid")
-            )
-            if not opinion:
-                return
-            found = self._opinion(self.pooled, valid)
+        n = len(self.texts.train) + len(self.texts.valid)
+        console.print(
+            f"the teacher reads {n:,} examples (unless the cache knows what it makes of them)", highlight=False
+        )
+        teacher, limit = self.distiller.teacher, self.config.seq_len
+        self.pooled, valid = (teacher.pool(self.texts, split, limit) for split in ("train", "valid"))
+        if not opinion:
+            return
+        found = self._opinion(self.pooled, valid)
         run.update_manifest(teacher={**run.manifest["teacher"], **found})
         console.print(
             f"the teacher ({found['head']}) is right about {found['train_accuracy']:.1%} of the training examples and "
