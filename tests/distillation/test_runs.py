@@ -225,7 +225,7 @@ def test_the_phases_follow_each_other(labelled: Path, teacher: Path) -> None:
 
 
 def test_a_distillation_that_was_stopped_is_the_uninterrupted_one(labelled: Path, teacher: Path) -> None:
-    asked = labelled_recipe(labelled, teacher, steps=8, save_every=4, accumulate=2)
+    asked = labelled_recipe(labelled, teacher, steps=8, save_every=4, accumulate=2, precision="bf16")
     run, whole = run_training(asked)
     other = RunDir.create(asked, Path("resumed"))
     corpus = data_of(asked, quiet())
