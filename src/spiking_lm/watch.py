@@ -126,8 +126,7 @@ class Watch:
             if op.module is not None:
                 self._by_module[op.module].append(op)
             if op.kind == "linear":
-                module = None if op.module is None else self._module(op.module, op)
-                self.linears[op.name] = LinearTap(op, self._matrix(op), module)
+                self.linears[op.name] = LinearTap(op, self._matrix(op), self._holder(op))
         self._neurons = [op.name for op in graph if op.kind == "neuron"]
 
     def _matrix(self, op: Op) -> Tensor:
@@ -142,7 +141,8 @@ class Watch:
                 raise PluginError(
                     f"graph: op {op.name!r} is linear but names no module", hint="set Op.module, or Op.parameters"
                 )
-            weight = self._parameters.get(name)
+            holder = self._holder(op)
+            weight = self._parameters.get(name) if holder is None else multiplied(holder)
             if weight is None:  # stored in another form: the module says what it stands for
                 owner, _, leaf = name.rpartition(".")
                 weight = getattr(self._module(owner, op), leaf, None)
@@ -152,6 +152,14 @@ class Watch:
             shape = tuple(weight.shape) if isinstance(weight, Tensor) else "missing"
             raise PluginError(f"graph: op {op.name!r} declares the weight {op.weight}, but {name} is {shape}")
         return weight.detach()
+
+    def _holder(self, op: Op) -> nn.Module | None:
+        """Return the layer that holds a matrix: the op's module, or one of few levels that is named by its weight."""
+        if op.module is not None:
+            return self._module(op.module, op)
+        owner, _, leaf = op.parameters.get("weight", "").rpartition(".")
+        layer = self._module(owner, op) if leaf == "weight" else None
+        return layer if hasattr(layer, "effective_weight") else None
 
     def _module(self, name: str, op: Op) -> nn.Module:
         try:

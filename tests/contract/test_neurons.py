@@ -125,10 +125,40 @@ class TestTernaryGIF(NeuronContract):
         return create_neuron("gif.ternary", **TERNARY_FORMS[request.param])
 
 
+ELASTIC_FORMS = {
+    "defaults": {},
+    "symmetric": {"steps": 64, "reset": "symmetric", "k": 1.0},
+    "signs": {"steps": 64, "bits": 1},
+    "learned": {"steps": 3, "learn_alpha": True, "beta": 0.5},
+}
+
+
+class TestElastic(NeuronContract):
+    """Calibrated, so that nothing changes in the module."""
+
+    name = "elastic"
+
+    @pytest.fixture(params=ELASTIC_FORMS)
+    def neuron(self, request: pytest.FixtureRequest) -> Neuron:
+        neuron = create_neuron("elastic", **ELASTIC_FORMS[request.param])
+        neuron.calibrate(self.inputs(neuron, batch=4, steps=64))
+        return neuron
+
+    def inputs(self, neuron: Neuron, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Small ones: the amplitude is the decay too, so that membranes grow without bound where it is above 2."""
+        return 0.3 * super().inputs(neuron, *args, **kwargs)
+
+    def test_some_fire_and_some_are_silent(self, neuron: Neuron) -> None:
+        if neuron.config.bits == 1:
+            pytest.skip("a sign is never silent")
+        super().test_some_fire_and_some_are_silent(neuron)
+
+
 def test_every_first_party_neuron_is_under_contract() -> None:
     from spiking_lm import registry
 
-    contracts = (TestLIF, TestSnnTorchLeaky, TestNorseLIFBox, TestNorseLIF, TestIF, TestGIF, TestTernaryGIF)
+    ours = (TestLIF, TestIF, TestGIF, TestTernaryGIF, TestElastic)
+    contracts = (*ours, TestSnnTorchLeaky, TestNorseLIFBox, TestNorseLIF)
     covered = {c.name for c in contracts}
     first_party = {name for name, entry in registry.all("neurons").items() if entry.plugin.first_party}
     assert first_party == covered

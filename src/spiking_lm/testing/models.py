@@ -373,6 +373,7 @@ class ModelContract(EncoderLaws):
                     f"op {op.name!r}: {op.module}.weight is {tuple(weight.shape)}, the graph says {op.weight}"
                 )
         described = {op.module for op in graph}
+        described |= {name.rpartition(".")[0] for op in graph if op.weight for name in op.parameters.values()}
         forgotten = {n for n, m in modules.items() if isinstance(m, nn.Linear)} - described
         excused = {n for n in forgotten if any(fnmatch(n, pattern) for pattern in self.outside_the_graph)}
         assert forgotten <= excused, f"weight matrices that the graph leaves out: {sorted(forgotten - excused)}"

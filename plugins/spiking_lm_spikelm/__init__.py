@@ -1,0 +1,64 @@
+"""SpikeLM (Xing et al., arXiv 2406.03287): BERT and a causal language model on elastic bi-spiking neurons."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from spiking_lm import hookimpl
+from spiking_lm.hookspecs import Register
+from spiking_lm.records import ConverterSpec, ModelSpec, NeuronSpec
+
+if TYPE_CHECKING:
+    from spiking_lm_spikelm.neuron import Elastic, SnnTorchElastic
+
+SPIKING_LM_API = 1
+
+__all__ = ["Elastic", "SnnTorchElastic"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(importlib.import_module("spiking_lm_spikelm.neuron"), name)
+    raise AttributeError(f"module 'spiking_lm_spikelm' has no attribute {name!r}")
+
+
+@hookimpl
+def spiking_lm_models(register: Register) -> None:
+    register(
+        ModelSpec(
+            name="spikelm",
+            summary="BERT, or a causal model, whose matrices read elastic ternary spikes (SpikeLM)",
+            config="spiking_lm_spikelm.config:SpikeLMConfig",
+            factory="spiking_lm_spikelm.model:SpikeLM",
+            importer="spiking_lm_spikelm.reference:import_reference",
+            paper="https://arxiv.org/abs/2406.03287",
+            capabilities=frozenset({"lm", "encode", "mlm", "classify"}),
+        )
+    )
+
+
+@hookimpl
+def spiking_lm_neurons(register: Register) -> None:
+    register(
+        NeuronSpec(
+            name="elastic",
+            summary="ternary spikes whose size and threshold follow the scale of the currents",
+            config="spiking_lm_spikelm.neuron_config:ElasticConfig",
+            factory="spiking_lm_spikelm.neuron:Elastic",
+            spike_kind="graded",
+        )
+    )
+
+
+@hookimpl
+def spiking_lm_converters(register: Register) -> None:
+    register(
+        ConverterSpec(
+            name="spikelm",
+            summary="BERT (Hugging Face folders, state dicts) and released SpikeLM checkpoints",
+            sniff="spiking_lm_spikelm.bert:sniff",
+            convert="spiking_lm_spikelm.bert:convert",
+            tokenizer="spiking_lm_spikelm.bert:tokenizer",
+        )
+    )
