@@ -220,6 +220,11 @@ def mean_over_steps(x: Tensor, lengths: Tensor) -> Tensor:
     return (x * (steps < lengths[:, None])[..., None]).sum(1) / lengths[:, None]
 
 
+def longest_text(model: SpikingLanguageModel) -> int | None:
+    """Return how many tokens of a text a model reads at most; None where it reads on and on."""
+    return getattr(model.config, "ctx_len", None) if isinstance(model, SpikingEncoder) else None
+
+
 def observe(model: SpikingLanguageModel, tokens: Tensor, lengths: Tensor | None = None) -> LMOutput | Encoding:
     """Run ``tokens (B, S)`` in the way that the model reads texts, and return what it gives, its spikes with it.
 

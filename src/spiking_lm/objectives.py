@@ -26,6 +26,7 @@ from spiking_lm.interfaces import (
     SpikingLanguageModel,
     State,
     detach_state,
+    longest_text,
     map_state,
     mean_over_steps,
     observe,
@@ -155,7 +156,8 @@ class NextToken(Objective):
         split, length = self.data.valid, self.config.seq_len
         tokens = np.asarray(split.tokens[: self.config.eval_tokens + 1]).astype(np.int64)
         if self.stream is None:
-            protocol = EvaluateConfig(window=2 * length, stride=length)
+            window = min(2 * length, longest_text(model) or 2 * length)
+            protocol = EvaluateConfig(window=window, stride=max(1, window // 2))
         else:
             protocol = EvaluateConfig(window=length, protocol="carried")
         nll, _ = score_tokens(model, tokens, protocol)

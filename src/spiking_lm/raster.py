@@ -13,7 +13,7 @@ import torch
 
 from spiking_lm.errors import DataError
 from spiking_lm.files import atomic_write
-from spiking_lm.interfaces import SpikingEncoder, SpikingLanguageModel, observe
+from spiking_lm.interfaces import SpikingLanguageModel, longest_text, observe
 from spiking_lm.watch import check_range, device_of, vocab_size, watching
 
 _RASTER_CHANNELS = 128
@@ -50,13 +50,12 @@ def record_raster(model: SpikingLanguageModel, tokens: Any) -> dict[str, np.ndar
 def save_raster(model: SpikingLanguageModel, data_tokens: Any, tokenizer: Any, path: Path, n_tokens: int = 200) -> None:
     """Record the first ``n_tokens`` of ``data_tokens (N,)`` and write them with their text as ``.npz``, without pickle.
 
-    Fewer if the model is an encoder that reads no text of so many.
+    Fewer if the model reads no text of so many.
 
     Arrays: ``text`` (a JSON list of T strings in UTF-8), ``sites (S,)``, ``channels (S,)`` and, for the i-th site,
     ``spikes_<i> (T, C)``.
     """
-    if isinstance(model, SpikingEncoder):  # has a longest text; others read on
-        n_tokens = min(n_tokens, int(getattr(model.config, "ctx_len", n_tokens)))
+    n_tokens = min(n_tokens, longest_text(model) or n_tokens)
     ids = np.asarray(data_tokens[:n_tokens]).astype(np.int64)
     raster = record_raster(model, ids)
     sizes = {op.name: op.size for op in model.graph()}

@@ -83,3 +83,16 @@ class TestCausalSequential(ModelContract):
 
 
 del Classifier  # a base, not a test
+
+
+def test_validation_reads_no_longer_texts_than_the_model() -> None:
+    """Twice the training length is more than a model of learned positions may have room for."""
+    from spiking_lm import data
+    from spiking_lm.objectives import NextToken
+    from spiking_lm.stages import TrainConfig
+
+    corpus = data.load({"type": "austen3", "tokenizer": {"type": "byte"}})
+    assert isinstance(corpus, data.TextData)
+    config = TrainConfig(steps=1, batch_size=1, seq_len=24, eval_tokens=100)
+    score = NextToken(corpus, config, seed=0).validate(build(causal=True, vocab_size=256))
+    assert 5.0 < score["loss"] < 6.5  # ln 256 is 5.5
