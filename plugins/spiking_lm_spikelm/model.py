@@ -52,11 +52,14 @@ class Record:
         self.scores: list[Tensor] | None = [] if scores else None
 
     def fired(self, site: str, neuron: Neuron | None, spikes: Tensor, *, feeds: str | None = None) -> None:
-        """Take down the spikes ``(T, B, S, N)`` of a site, and that the matrix ``feeds`` read them."""
-        if self.spikes is not None and self.arrived is not None and neuron is not None:
-            self.spikes[site] = codes(neuron, spikes).movedim(0, 2)
-            if feeds is not None:
-                self.arrived[feeds] = self.spikes[site]
+        """Take down the spikes ``(T, B, S, N)`` of a site, if it has neurons, and that the matrix ``feeds`` read them."""
+        if self.spikes is None or self.arrived is None:
+            return
+        seen = (spikes if neuron is None else codes(neuron, spikes)).movedim(0, 2)
+        if neuron is not None:
+            self.spikes[site] = seen
+        if feeds is not None:
+            self.arrived[feeds] = seen
 
 
 def make_neuron(config: SpikeLMConfig, *, memory: bool = True) -> Neuron | None:
@@ -469,8 +472,6 @@ def _ops(model: SpikeLM) -> list[Op]:
 
     def linear(name: str, source: str, n_out: int, n_in: int) -> str:
         layer = cast(SpikingLinear, model.get_submodule(name))
-        if layer.neuron is None:
-            return add(name, "linear", (source,), n_out, module=name, weight=(n_out, n_in))
         source = neurons(f"{name}.neuron", layer.neuron, source, n_in)
         held = {"weight": f"{name}.weight", "bias": f"{name}.bias"}
         return add(name, "linear", (source,), n_out, weight=(n_out, n_in), parameters=held, steps=steps)

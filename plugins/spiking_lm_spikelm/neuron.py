@@ -133,10 +133,10 @@ class Elastic(Neuron):
         return self._compared[1]
 
     def _amplitudes(self, first: int, steps: int) -> Tensor:
-        """Return the amplitudes of ``steps`` steps from the ``first`` one on."""
+        """Return the amplitudes of ``steps`` steps from the ``first`` one on: a copy, for later ones may yet be set."""
         count = len(self.alpha)
         if first + steps <= count:
-            return self.alpha[first : first + steps]
+            return self.alpha[first : first + steps].clone()
         return self.alpha[torch.arange(first, first + steps, device=self.alpha.device).clamp(max=count - 1)]
 
     # -- calibration ---------------------------------------------------------------------------------------------------

@@ -179,6 +179,8 @@ def _take_amplitudes(model: SpikeLM, weights: dict[str, Tensor]) -> None:
     for key in [key for key in weights if _AMPLITUDE.search(key)]:
         name, _, step = key.rpartition(".")
         found.setdefault(name, {})[int(step)] = weights.pop(key)
+    if not found:
+        return  # BERT's weights for a spiking model: training will calibrate it
     for key, neuron in _neurons(model):
         steps = found.pop(key, {})
         if sorted(steps) != list(range(model.config.time_steps)) or any(a.numel() != 1 for a in steps.values()):
