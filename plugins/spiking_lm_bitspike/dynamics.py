@@ -18,7 +18,7 @@ from spiking_lm.weights import QuantizedLinear
 from spiking_lm_bitspike.blocks import Batch, Chain, Reading
 from spiking_lm_bitspike.config import BitspikeConfig
 
-AT_ONCE = 2**24
+AT_ONCE = 2**22
 """Values of one kind that a simulation computes at a time."""
 
 FIRST_CHECK = 4
