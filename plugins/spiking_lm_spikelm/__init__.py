@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from spiking_lm import hookimpl
 from spiking_lm.hookspecs import Register
-from spiking_lm.records import ConverterSpec, ModelSpec, NeuronSpec
+from spiking_lm.records import BenchmarkSpec, ConverterSpec, ModelSpec, NeuronSpec
 
 if TYPE_CHECKING:
     from spiking_lm_spikelm.neuron import Elastic, SnnTorchElastic
@@ -62,3 +62,12 @@ def spiking_lm_converters(register: Register) -> None:
             tokenizer="spiking_lm_spikelm.bert:tokenizer",
         )
     )
+
+
+@hookimpl
+def spiking_lm_benchmarks(register: Register) -> None:
+    for name, summary in (
+        ("neuron", "elastic neurons over four steps, forward and back, against snnTorch's Leaky"),
+        ("train", "a training step with four spike steps, against snnTorch's Leaky stepped in Python"),
+    ):
+        register(BenchmarkSpec(name=f"spikelm/{name}", summary=summary, function=f"spiking_lm_spikelm.bench:{name}"))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from spiking_lm.bench import Row, interleaved
 from spiking_lm.errors import MissingExtraError
+from spiking_lm.kernels import elastic_scan
 from spiking_lm_spikelm.config import SpikeLMConfig
 from spiking_lm_spikelm.model import SpikeLM
 
@@ -83,6 +84,35 @@ class SteppedModel(nn.Module):
                 x = block(x, mem)
             outputs.append(x)
         return cast(Tensor, self.head(torch.stack(outputs).mean(0).mean(1)))
+
+
+def neuron(repeats: int, *, batch_size: int = 32, tokens: int = 64, size: int = 128) -> Row:
+    """Time the neurons alone: T = 4 steps of a layer and the way back, against snnTorch's Leaky stepped in Python."""
+    what = "four steps of a layer of neurons and the way back: snnTorch's Leaky stepped in Python, over elastic ones"
+    try:
+        from snntorch import Leaky, SpikingNeuron
+    except ImportError:
+        return Row("spikelm/neuron", what, None, target=3.0, note=str(MissingExtraError("snntorch", "spikegpt")))
+    leaky = Leaky(beta=0.25, threshold=0.5)
+    SpikingNeuron.instances[:] = [other for other in SpikingNeuron.instances if other is not leaky]
+    x = torch.randn(STEPS, batch_size * tokens, size).requires_grad_()
+    gradient, alpha = torch.randn_like(x), torch.full((STEPS,), 1.6)
+
+    def ours() -> None:
+        spikes, _ = elastic_scan(x, alpha, final=False)
+        spikes.backward(gradient)  # type: ignore[no-untyped-call]
+
+    def theirs() -> None:
+        mem, spikes = leaky.reset_mem(), []
+        for x_t in x.unbind(0):
+            s, mem = leaky(x_t, mem)
+            spikes.append(s)
+        torch.stack(spikes).backward(gradient)  # type: ignore[no-untyped-call]
+
+    times = interleaved({"elastic": ours, "snnTorch": theirs}, repeats)
+    ms = times.ms()
+    note = f"{batch_size * tokens} x {size} neurons"
+    return Row("spikelm/neuron", what, ms["snnTorch"] / ms["elastic"], target=3.0, note=note, details=times.to_dict())
 
 
 def train(repeats: int, *, batch_size: int = 32, tokens: int = 64) -> Row:

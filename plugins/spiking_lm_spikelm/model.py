@@ -52,7 +52,7 @@ class Record:
         self.scores: list[Tensor] | None = [] if scores else None
 
     def fired(self, site: str, neuron: Neuron | None, spikes: Tensor, *, feeds: str | None = None) -> None:
-        """Take down the spikes ``(T, B, S, N)`` of a site, if it has neurons, and that the matrix ``feeds`` read them."""
+        """Take down the spikes ``(T, B, S, N)`` of a site that has neurons, and what the matrix ``feeds`` reads."""
         if self.spikes is None or self.arrived is None:
             return
         seen = (spikes if neuron is None else codes(neuron, spikes)).movedim(0, 2)
