@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -45,7 +46,10 @@ if TYPE_CHECKING:
 MASKED = -100.0
 """An attention score at most this stands for a place that is masked."""
 
-_POOLED_AT_ONCE = 128
+Batch = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""Token ids ``(B, S)``, padded on the right, and true lengths ``(B,)``."""
+
+_POOLED_AT_ONCE, _SAMPLED = 128, 32
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 """What a probe may pay for the square of its weights; the validation part chooses."""
@@ -251,27 +255,30 @@ class Distiller:
     """What a distillation of labelled examples and one of running text share: teacher, phases, projections, losses.
 
     The student's states, ``(..., H)``, are laid on the teacher's by one linear layer for all hidden states and one for
-    what is pooled; both are trained, and thrown away at the end.
+    what is pooled; both are trained, and thrown away at the end. Their offsets begin at the teacher's means over a
+    ``sample`` of inputs and lengths: a student that had to make those large constants would make nothing else first.
     """
 
     def __init__(
-        self, model: SpikingLanguageModel, tokenizer: Tokenizer, config: TrainConfig, frame: Sequence[int], seed: int
+        self, model: SpikingLanguageModel, tokenizer: Tokenizer, config: TrainConfig, sample: Batch, seed: int
     ) -> None:
         assert config.distill is not None
         self.config, self.accumulate = config.distill, config.accumulate
         device = next(model.parameters()).device
         self.teacher = Teacher(teacher_path(config.distill), tokenizer).to(device)
         self.ends = _phase_ends(self.config.phases, config.steps)
-        tokens = torch.tensor([frame], device=device)
-        theirs = self.teacher.encode(tokens, torch.tensor([len(frame)], device=device))
-        ours = embedding_table(model).shape[1]
+        inputs, lengths = (torch.from_numpy(part).to(device) for part in sample)
+        theirs = self.teacher.encode(inputs, lengths)
+        true = torch.arange(inputs.shape[1], device=device) < lengths[:, None]
+        means = torch.stack(theirs.hidden)[:, true].mean((0, 1)), theirs.pooled.mean(0)
+        width = embedding_table(model).shape[1]
         self.projections = []
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)
-            for width in (theirs.hidden[0].shape[-1], theirs.pooled.shape[-1]):
-                layer = nn.Linear(ours, width)
+            for mean in means:
+                layer = nn.Linear(width, len(mean))
                 nn.init.orthogonal_(layer.weight)
-                nn.init.zeros_(layer.bias)
+                layer.bias.copy_(mean)
                 self.projections.append(layer.to(device))
 
     def parameters(self) -> list[nn.Parameter]:
@@ -356,7 +363,7 @@ class _Distilled(Objective):
         weights = phase.weights()
         return torch.stack([weights[name] * loss.float() for name, loss in losses.items()]).sum()
 
-    def held_out(self, model: SpikingLanguageModel, batches: Iterable[tuple[Any, Any]]) -> dict[str, float]:
+    def held_out(self, model: SpikingLanguageModel, batches: Iterable[Batch]) -> dict[str, float]:
         """Return the last phase's loss and its parts that need no labels, over batches of inputs and lengths."""
         phase, device = self.distiller.config.phases[-1], next(model.parameters()).device
         found: list[tuple[int, dict[str, float]]] = []
@@ -377,8 +384,8 @@ class DistilledText(_Distilled):
         self.frame = Frame(data.tokenizer, config.seq_len)
         assert config.distill is not None
         _only(config.distill.phases, ("representation", "attention", "pooled"), data.name)
-        inputs, _ = self.frame.put(random_windows(data, self.frame.room, 1, seed, 0))
-        self.distiller = Distiller(model, data.tokenizer, config, inputs[0].tolist(), seed)
+        sample = self.frame.put(random_windows(data, self.frame.room, _SAMPLED, seed, 0))
+        self.distiller = Distiller(model, data.tokenizer, config, sample, seed)
 
     def loss(self, model: SpikingLanguageModel, index: int, *, record: bool) -> tuple[Tensor, Output | None, int]:
         rows = random_windows(self.data, self.frame.room, self.config.batch_size, self.seed, index)
@@ -405,8 +412,8 @@ class DistilledLabels(_Distilled, Labels):
         self.texts = data
         assert config.distill is not None
         self.phases = config.distill.phases
-        inputs, _ = data.batch(data.train[:1], config.seq_len)
-        self.distiller = Distiller(model, data.tokenizer, config, inputs[0].tolist(), seed)
+        sample = data.batch(data.train[:_SAMPLED], config.seq_len)
+        self.distiller = Distiller(model, data.tokenizer, config, sample, seed)
         if any(phase.prediction or phase.labels for phase in self.phases) and "classify" not in model.capabilities:
             raise UsageError(
                 f"{type(model).__name__} has no classes to predict; phases can ask for its inner life alone"
