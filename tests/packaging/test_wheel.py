@@ -118,7 +118,8 @@ def test_typed_licensed_and_described(root: Path, wheel: Path) -> None:
 def test_entry_points(wheel: Path) -> None:
     points = text(wheel, ".dist-info/entry_points.txt")
     assert "[console_scripts]\nspiking-lm = spiking_lm.cli:main" in points
-    assert "[spiking_lm]\ncore = spiking_lm.builtin\n" in points
+    assert "\n[spiking_lm]\n" in points
+    assert "\ncore = spiking_lm.builtin\n" in points
     assert "[pytest11]\nspiking_lm = spiking_lm.testing.pytest_plugin" in points
 
 

@@ -270,7 +270,8 @@ def amplitude_gradient(g: Tensor, q: Tensor, bits: int) -> Tensor:
     As of a learned step size (Esser et al., arXiv 1902.08153), scaled by 1/sqrt of their number.
     """
     slope = q.sign() if bits == 1 else torch.where(q.abs() > 1, q.sign(), q.round() - q)
-    return (g * slope).sum() / max(q.numel(), 1) ** 0.5
+    gradient: Tensor = (g * slope).sum() / max(q.numel(), 1) ** 0.5
+    return gradient
 
 
 class _ElasticSpike(torch.autograd.Function):
