@@ -119,7 +119,9 @@ def prune(
     before = read_json(path).get("before") if path.is_file() else None
     optimizer = base.optimizer.model_copy(update={"lr": config.lr or base.optimizer.lr})
     schedule = base.schedule.model_copy(update={"warmup": 0})  # the optimizer's moments are warm
-    changes = {"steps": base.steps + config.steps, "optimizer": optimizer, "schedule": schedule}
+    changes: dict[str, Any] = {"steps": base.steps + config.steps, "optimizer": optimizer, "schedule": schedule}
+    if base.distill is not None:  # phases share the steps of training; these are more of the last
+        changes["distill"] = base.distill.model_copy(update={"phases": base.distill.phases[-1:]})
     with pruner:
         train(
             run,

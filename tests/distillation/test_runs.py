@@ -21,8 +21,10 @@ from spiking_lm.data.reduced import ReducedTokenizer
 from spiking_lm.distillation import Teacher, embed_as_teacher, embedding_table
 from spiking_lm.errors import CheckpointError, ConfigError, DataError, RecipeError, UsageError
 from spiking_lm.preparation import build_model, data_of
+from spiking_lm.pruning import prune
 from spiking_lm.recipe import Recipe, resolve
 from spiking_lm.rundir import RunDir
+from spiking_lm.stages import PruneConfig
 from spiking_lm.training import train
 
 TEXT = "the cat sat home . the dog ran far away .\n" * 120
@@ -222,6 +224,17 @@ def test_the_phases_follow_each_other(labelled: Path, teacher: Path) -> None:
     assert facts["valid_accuracy"] == 1.0, "cats and dogs are told apart from what a random encoder makes of them"
     assert 0 <= run.metrics()[-1]["accuracy"] <= 1
     assert not any("project" in name for name in model.state_dict()), "what joined it to its teacher is thrown away"
+
+
+def test_pruning_goes_on_with_the_last_phase(labelled: Path, teacher: Path) -> None:
+    plain = labelled_recipe(labelled, teacher, steps=3)
+    asked = plain.model_copy(update={"prune": PruneConfig(sparsity=0.5, steps=6)})
+    run, model = run_training(asked)
+    corpus = data_of(asked, quiet())
+    prune(run, asked, model, corpus, resume_from=run.path / "checkpoints" / "step-000003", console=quiet())
+    kinds = [{k for k in entry if k.endswith("_loss")} for entry in run.metrics() if entry["split"] == "train"]
+    assert kinds[0] == {"attention_loss", "representation_loss"}
+    assert kinds[2:] == [{"labels_loss", "pooled_loss", "prediction_loss"}] * 7
 
 
 def test_a_distillation_that_was_stopped_is_the_uninterrupted_one(labelled: Path, teacher: Path) -> None:
