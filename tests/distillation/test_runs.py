@@ -71,11 +71,11 @@ def losses(run: RunDir) -> list[float]:
 
 def test_an_encoder_learns_hidden_tokens_and_is_scored_on_them(tmp_path: Path) -> None:
     words = {"type": "word", "mask": True, "eos": False}
-    optimizer, schedule = {"lr": 0.01}, {"type": "constant"}
-    asked = {"steps": 250, "batch_size": 8, "objective": {"type": "masked"}, "log_every": 25}
-    asked |= {"optimizer": optimizer, "schedule": schedule}
+    asked = {"steps": 400, "batch_size": 16, "objective": {"type": "masked"}, "log_every": 25, "eval_tokens": 2000}
+    asked |= {"optimizer": {"lr": 0.01}, "schedule": {"warmup": 20}}
     more = {"evaluate": {"window": 12, "split": "test"}, "explain": {"tokens": 32}, "model": {"n_embd": 24}}
-    document = recipe(text_data(tmp_path, words), asked, **more)
+    corpus = text_data(tmp_path, words) | {"valid": 0.2, "test": 0.2}
+    document = recipe(corpus, asked, **more)
     run = spiking_lm.run_recipe(_written(document, tmp_path), out="runs", console=quiet())
     seen = losses(run)
     assert sum(seen[-3:]) < 0.6 * 3 * seen[0]
