@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from spiking_lm import hookimpl
 from spiking_lm.hookspecs import Register
-from spiking_lm.records import ConverterSpec, ModelSpec
+from spiking_lm.records import BenchmarkSpec, ConverterSpec, ModelSpec
 
 SPIKING_LM_API = 1
 
@@ -32,5 +32,16 @@ def spiking_lm_converters(register: Register) -> None:
             summary="checkpoints of the released SpikingBERT",
             sniff="spiking_lm_bitspike.reference:is_reference",
             convert="spiking_lm_bitspike.reference:import_reference",
+        )
+    )
+
+
+@hookimpl
+def spiking_lm_benchmarks(register: Register) -> None:
+    register(
+        BenchmarkSpec(
+            name="bitspike/gap",
+            summary="how far spikes are from the equilibrium that is trained, in each mode",
+            function="spiking_lm_bitspike.bench:gap",
         )
     )

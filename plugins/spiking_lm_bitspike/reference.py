@@ -12,6 +12,7 @@ from torch import Tensor
 
 from spiking_lm import create_model
 from spiking_lm.errors import DataError, UsageError
+from spiking_lm.models import check_sizes, take_weights
 from spiking_lm_bitspike.model import Bitspike
 
 RELEASED = {"mode": "released", "charge": 0.0, "steps": 100, "n_head": 12, "pooling": "cls"}
@@ -54,29 +55,13 @@ def import_reference(state_dict: Mapping[str, Tensor], **config: Any) -> Bitspik
         "num_classes": _rows(weights, "classification.weight"),
     }
     sizes = {name: size for name, size in sizes.items() if size is not None}
-    for name, value in sizes.items():
-        if config.get(name, value) != value:
-            raise UsageError(
-                f"SpikingBERT: {name}={config[name]} but the tensors say {value}", hint=f"leave out {name}"
-            )
+    check_sizes(sizes, config, what="SpikingBERT")
     model = create_model("bitspike", **{**RELEASED, **sizes, **config})
     assert isinstance(model, Bitspike)
-    expected = _keys(model)
-    parameters = dict(model.named_parameters())
-    missing = sorted(set(expected.values()) - weights.keys())
-    shapes = [
-        f"{key}: {tuple(weights[key].shape)} instead of {tuple(parameters[name].shape)}"
-        for name, key in expected.items()
-        if key in weights and weights[key].shape != parameters[name].shape
-    ]
-    if missing or shapes:
-        parts = [("missing", missing), ("of the wrong shape", shapes)]
-        told = "; ".join(f"{what}: {', '.join(keys[:5])}{' ...' * (len(keys) > 5)}" for what, keys in parts if keys)
-        raise DataError(f"SpikingBERT state dict: {told}")
     model.to(words.dtype)
-    with torch.no_grad():
-        for name, key in expected.items():
-            model.get_parameter(name).copy_(weights[key])
+    parameters = {key: model.get_parameter(name) for name, key in _keys(model).items()}
+    known = {key: tensor for key, tensor in weights.items() if key in parameters}  # the files hold unused ones too
+    take_weights(parameters, known, what="SpikingBERT")
     return model
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from spiking_lm import create_model
-from spiking_lm.errors import DataError, UsageError
+from spiking_lm.errors import DataError
+from spiking_lm.models import check_sizes, take_weights
 from spiking_lm_egru.model import GATES, EGRULanguageModel
 
 # One-element tensors that every released EGRU layer has: constants of training, not weights.
@@ -34,19 +35,13 @@ def import_reference(state_dict: Mapping[str, Tensor], **config: Any) -> EGRULan
         )
     weights.setdefault("decoder.decoder.weight", weights["embeddings.weight"])
     sizes = _sizes(weights)
-    for name, value in sizes.items():
-        if config.get(name, value) != value:
-            raise UsageError(f"EGRU: {name}={config[name]} but the tensors say {value}", hint=f"leave out {name}")
+    check_sizes(sizes, config, what="EGRU")
     constants = {name: _constant(weights, name) for name in _CONSTANTS if f"rnns.0.{name}" in weights}
     weights = {key: value for key, value in weights.items() if not key.endswith((*_CONSTANTS, _CLIP))}
     model = create_model("egru", **{**constants, **sizes, **config})
     assert isinstance(model, EGRULanguageModel)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    _check(weights, parameters)
     model.to(weights["embeddings.weight"].dtype)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+    take_weights(dict(model.named_parameters(remove_duplicate=False)), weights, what="EGRU")
     return model
 
 
@@ -148,16 +143,3 @@ def _constant(weights: Mapping[str, Tensor], name: str) -> float:
             hint=f"give one for all: {name}={max(values):g}",
         )
     return values.pop()
-
-
-def _check(weights: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
-    missing, unexpected = sorted(parameters.keys() - weights.keys()), sorted(weights.keys() - parameters.keys())
-    shapes = [
-        f"{key}: {tuple(weights[key].shape)} instead of {tuple(parameter.shape)}"
-        for key, parameter in parameters.items()
-        if key in weights and weights[key].shape != parameter.shape
-    ]
-    if missing or unexpected or shapes:
-        parts = [("missing", missing), ("unexpected", unexpected), ("of the wrong shape", shapes)]
-        told = "; ".join(f"{what}: {', '.join(keys[:5])}{' ...' * (len(keys) > 5)}" for what, keys in parts if keys)
-        raise DataError(f"EGRU state dict: {told}")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from spiking_lm import create_model
 from spiking_lm.errors import DataError, UsageError
+from spiking_lm.models import check_sizes, take_weights
 from spiking_lm_spikegpt.model import SpikeGPT
 
 # snnTorch modules leave such buffers in a state dict; they are constants, not weights.
@@ -38,29 +39,13 @@ def import_reference(state_dict: Mapping[str, Tensor], **config: Any) -> SpikeGP
     }
     if "classify_head.weight" in weights:
         sizes["num_classes"] = weights["classify_head.weight"].shape[0]
-    for name, value in sizes.items():
-        if config.get(name, value) != value:
-            raise UsageError(f"SpikeGPT: {name}={config[name]} but the tensors say {value}", hint=f"leave out {name}")
+    check_sizes(sizes, config, what="SpikeGPT")
     settings = {"init": "torch", **sizes, **config}
     model = create_model("spikegpt", **settings)
     assert isinstance(model, SpikeGPT)
-    expected = {key: name for name, key in _keys(model).items()}
-    missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    model.to(weights["emb.weight"].dtype)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    shapes = [
-        f"{key}: {tuple(weights[key].shape)} instead of {tuple(parameters[name].shape)}"
-        for key, name in expected.items()
-        if key in weights and weights[key].shape != parameters[name].shape
-    ]
-    if missing or unexpected or shapes:
-        parts = [("missing", missing), ("unexpected", unexpected), ("of the wrong shape", shapes)]
-        told = "; ".join(f"{what}: {', '.join(keys[:5])}{' ...' * (len(keys) > 5)}" for what, keys in parts if keys)
-        raise DataError(f"SpikeGPT state dict: {told}")
-    dtype = weights["emb.weight"].dtype
-    model.to(dtype)
-    with torch.no_grad():
-        for key, name in expected.items():
-            parameters[name].copy_(weights[key])
+    take_weights({key: parameters[name] for name, key in _keys(model).items()}, weights, what="SpikeGPT")
     return model
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,19 +16,15 @@ from spiking_lm.integers import IntegerLayer, SpikeProduct, integer_layer
 from spiking_lm.kernels import gif_linear
 from spiking_lm.quantization import QuantizedWeight, round_to_nearest
 from spiking_lm.schemes import OFF, ActivationScheme, WeightScheme
+from spiking_lm.weights import PackedLayer
 
 Mode = Literal["fake", "spike", "binary"]
 
 _PREFIX = "weight_"
 """Begins the names of the buffers that hold a packed matrix."""
 
-_UNPACKED: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
-"""Matrices as they are multiplied with, for modules that store them otherwise.
-
-They follow from what the modules hold, so they are kept beside them: no copy, state dict or footprint counts them.
-"""
 _WIDENED: WeakKeyDictionary[nn.Module, tuple[tuple[int, int, torch.dtype], Tensor]] = WeakKeyDictionary()
-"""The same for :class:`Head`, with what each follows from."""
+"""Matrices of :class:`Head` as they are multiplied with, and what each follows from."""
 
 
 class Record:
@@ -60,7 +56,7 @@ def _unprefixed(name: str) -> str:
     return name.removeprefix(_PREFIX).replace("codes_", "codes.")
 
 
-class SpikingLinear(nn.Module):
+class SpikingLinear(PackedLayer):
     """A linear layer of few-bit weights that reads counts of spikes, as far as its two schemes say so.
 
     ``weight`` (O, I) is a parameter as long as it is real; a packed matrix is kept in buffers, and ``weight`` is what
@@ -101,7 +97,7 @@ class SpikingLinear(nn.Module):
         if record is not None and self.activations.bits < OFF:
             record.fed(self, gif_encode(x, self.activations, self.salient, self.scale).codes)
         held = self._parameters.get("weight")
-        weight = self._unpacked(x.dtype) if held is None else held
+        weight = self.unpacked(x.dtype) if held is None else held
         return gif_linear(x, weight, self.bias, self.activations, self.salient, self.scale, mode=self.mode)
 
     def set_weight(self, weight: QuantizedWeight) -> None:
@@ -109,8 +105,7 @@ class SpikingLinear(nn.Module):
         if weight.scheme.group_size is not None and weight.order is None:
             weight = dataclasses.replace(weight, order=torch.arange(self.in_features, device=weight.codes.device))
         self.weights = weight.scheme
-        self._parameters.pop("weight", None)
-        self._make_room(weight.tensors())
+        self._hold_packed(weight.tensors())
 
     def quantized_weight(self) -> QuantizedWeight:
         """Return the packed matrix as codes and grid."""
@@ -136,38 +131,30 @@ class SpikingLinear(nn.Module):
         packed = {_unprefixed(name): torch.empty_like(t) for name, t in stored.items() if name.startswith(_PREFIX)}
         needed = {"scale", "codes", "zero"} if self.weights.type == "uniform" else {"scale"}
         if not self.weights.off and packed.keys() >= needed:  # else loading says what is missing
-            self._make_room(packed)
+            self._hold_packed(packed)
 
-    def _make_room(self, tensors: Mapping[str, Tensor]) -> None:
+    def _hold_packed(self, tensors: Mapping[str, Tensor]) -> None:
         for name in [name for name in self._buffers if name.startswith(_PREFIX)]:
-            del self._buffers[name]
-        for name, tensor in tensors.items():
-            self.register_buffer(_PREFIX + name.replace(".", "_"), tensor)
-        _UNPACKED.pop(self, None)
+            del self._buffers[name]  # those of another scheme
+        self.hold({_PREFIX + name.replace(".", "_"): tensor for name, tensor in tensors.items()})
 
     def _packed(self) -> dict[str, Tensor]:
         named = {name: buffer for name, buffer in self._buffers.items() if name.startswith(_PREFIX)}
         return {_unprefixed(name): buffer for name, buffer in named.items() if buffer is not None}
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "weight" and (packed := self._packed()):
-            return self._unpacked(torch.promote_types(packed["scale"].dtype, torch.float32))
-        return super().__getattr__(name)
+    @property
+    def packed(self) -> bool:
+        """Whether the matrix is in few bits."""
+        return any(name.startswith(_PREFIX) for name in self._buffers)
 
-    def _unpacked(self, dtype: torch.dtype) -> Tensor:
-        matrix = _UNPACKED.get(self)
-        if matrix is None or matrix.dtype != dtype:
-            matrix = _UNPACKED[self] = self.quantized_weight().dequantize(dtype)
-        return matrix
+    @property
+    def own_dtype(self) -> torch.dtype:
+        """float32, or wider as the scales: they may be stored in 16 bits."""
+        return torch.promote_types(self._packed()["scale"].dtype, torch.float32)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        _UNPACKED.pop(self, None)
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        self.make_room({name[len(prefix) :]: t for name, t in state_dict.items() if name.startswith(prefix)})
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        _UNPACKED.pop(self, None)
+    def unpack(self, dtype: torch.dtype) -> Tensor:
+        """Return the matrix (O, I) in real numbers."""
+        return self.quantized_weight().dequantize(dtype)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"

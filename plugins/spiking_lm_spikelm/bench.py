@@ -16,7 +16,7 @@ from spiking_lm_spikelm.config import SpikeLMConfig
 from spiking_lm_spikelm.model import SpikeLM
 
 STEPS = 4
-SIZES: dict[str, Any] = {"vocab_size": 2000, "n_layer": 2, "n_embd": 128, "n_head": 4, "n_hidden": 256, "max_len": 64}
+SIZES: dict[str, Any] = {"vocab_size": 2000, "n_layer": 2, "n_embd": 128, "n_head": 4, "n_hidden": 256, "ctx_len": 64}
 
 
 class SteppedBlock(nn.Module):
@@ -67,7 +67,7 @@ class SteppedModel(nn.Module):
     def __init__(self, config: SpikeLMConfig) -> None:
         super().__init__()
         self.word = nn.Embedding(config.vocab_size, config.n_embd)
-        self.position = nn.Embedding(config.max_len, config.n_embd)
+        self.position = nn.Embedding(config.ctx_len, config.n_embd)
         self.norm = nn.LayerNorm(config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(SteppedBlock(config) for _ in range(config.n_layer))

@@ -22,7 +22,7 @@ class SpikeLMConfig(ModelConfig):
     n_head: int = Field(default=4, gt=0)
     n_hidden: int | None = Field(default=None, gt=0)
     """Width of the feed-forward layer; None: four times ``n_embd``."""
-    max_len: int = Field(default=128, gt=0)
+    ctx_len: int = Field(default=128, gt=0)
     """The longest text: positions are learned."""
     type_vocab_size: int = Field(default=2, gt=0)
     """Kinds of segments; texts of one segment are of kind 0."""
@@ -77,8 +77,3 @@ class SpikeLMConfig(ModelConfig):
     def time_steps(self) -> int:
         """Spike steps that really run: one in the dense twin."""
         return 1 if self.neuron is None else self.steps
-
-    @property
-    def ctx_len(self) -> int:
-        """The longest text, under the name that other models give it."""
-        return self.max_len

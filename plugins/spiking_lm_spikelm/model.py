@@ -252,7 +252,7 @@ class SpikeLM(SpikingEncoder):
         self.config = config
         size = config.n_embd
         self.word = QuantizedEmbedding(config.vocab_size, size, config.embedding)
-        self.position = nn.Embedding(config.max_len, size)
+        self.position = nn.Embedding(config.ctx_len, size)
         self.kind = nn.Embedding(config.type_vocab_size, size)
         self.norm = nn.LayerNorm(size, config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
@@ -300,7 +300,7 @@ class SpikeLM(SpikingEncoder):
     def forward(self, tokens: Tensor, state: State | None = None, *, return_spikes: bool = False) -> LMOutput:
         """Score ``tokens (B, S)`` of a causal model; returns logits ``(B, S, V)``, the next state and the spikes.
 
-        Raises UsageError for an encoder, and for a text of more than ``max_len`` tokens.
+        Raises UsageError for an encoder, and for a text of more than ``ctx_len`` tokens.
         """
         if self.mlm_head is None or not self.config.causal:
             return super().forward(tokens, state)
@@ -396,10 +396,10 @@ class SpikeLM(SpikingEncoder):
                 hint="tokens[None] makes a batch of one",
             )
         end = before + tokens.shape[1]
-        if end > config.max_len:
+        if end > config.ctx_len:
             raise UsageError(
-                f"a text of {end} tokens for a model that knows {config.max_len} positions",
-                hint="cut the text, or train a model with a greater max_len",
+                f"a text of {end} tokens for a model that knows {config.ctx_len} positions",
+                hint="cut the text, or train a model with a greater ctx_len",
             )
         try:
             x = self.word(tokens)
@@ -436,7 +436,7 @@ class SpikeLM(SpikingEncoder):
         ]
 
     def graph(self) -> LMGraph:
-        """Describe one token; attention is charged for the average context of a text of ``max_len`` tokens."""
+        """Describe one token; attention is charged for the average context of a text of ``ctx_len`` tokens."""
         return LMGraph(tuple(_ops(self)))
 
     def to_reference(self, *, grads: bool = False) -> dict[str, Tensor]:
@@ -451,7 +451,7 @@ def _ops(model: SpikeLM) -> list[Op]:
     config = model.config
     listed: list[Op] = []
     size, inner, steps = config.n_embd, config.inner, config.time_steps
-    context = (config.max_len + 1) / 2 if config.causal else config.max_len
+    context = (config.ctx_len + 1) / 2 if config.causal else config.ctx_len
 
     def add(name: str, kind: Any, inputs: tuple[str, ...], n: int, emits: Any = "real", **more: Any) -> str:
         listed.append(Op(name, kind, inputs, emits, n, **more))

@@ -255,7 +255,7 @@ class SnnTorchElastic(nn.Module):
             if mem.shape != input_.shape:
                 raise UsageError(f"elastic: a membrane of {tuple(mem.shape)} for currents of {tuple(input_.shape)}")
             carried = self._carried(mem.as_subclass(Tensor), step - 1)
-        spikes, _ = self.neuron._run(input_[None], step, None if carried is None else carried, final=False)
+        spikes, _ = self.neuron._run(input_[None], step, carried, final=False)
         m = (input_ if carried is None else input_ + carried).as_subclass(Membrane)
         m.step = step + 1
         return spikes[0], m

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from spiking_lm import create_model
 from spiking_lm.errors import DataError, UsageError
+from spiking_lm.models import check_sizes, take_weights
 from spiking_lm_spikelm.model import SpikeLM
 from spiking_lm_spikelm.neuron import Elastic
 
@@ -100,7 +101,7 @@ def to_reference(model: SpikeLM, *, grads: bool = False) -> dict[str, Tensor]:
         return {_key(name): torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in parameters.items()}
     exported = {_key(name): p.detach().clone() for name, p in parameters.items()}
     like = model.norm.weight.detach()
-    exported["bert.embeddings.position_ids"] = torch.arange(config.max_len)[None]
+    exported["bert.embeddings.position_ids"] = torch.arange(config.ctx_len)[None]
     if model.mlm_head is not None:
         exported[f"{_DECODER}.weight"] = model.word.weight.detach().clone()
         exported[f"{_DECODER}.bias"] = model.mlm_head.bias.detach().clone()
@@ -125,16 +126,15 @@ def _settings(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[
         "n_embd": n_embd,
         "n_layer": max(layers) + 1,
         "n_hidden": _matrix(weights, "bert.encoder.layer.0.intermediate.dense.weight")[0],
-        "max_len": _matrix(weights, "bert.embeddings.position_embeddings.weight")[0],
+        "ctx_len": _matrix(weights, "bert.embeddings.position_embeddings.weight")[0],
         "type_vocab_size": _matrix(weights, "bert.embeddings.token_type_embeddings.weight")[0],
     }
     if steps:
         told["steps"] = max(steps)
     if "classifier.weight" in weights:
         told["num_classes"] = _matrix(weights, "classifier.weight")[0]
-    for name, value in told.items():
-        if config.get(name, value) != value and name != "num_classes":
-            raise UsageError(f"SpikeLM: {name}={config[name]} but the tensors say {value}", hint=f"leave out {name}")
+    fixed = {name: value for name, value in told.items() if name != "num_classes"}  # another head is a new one
+    check_sizes(fixed, config, what="SpikeLM")
     return {
         **told,
         "n_head": n_embd // HEAD_SIZE if n_embd % HEAD_SIZE == 0 else None,
@@ -212,17 +212,4 @@ def _take_weights(model: SpikeLM, weights: dict[str, Tensor]) -> None:
     weights = {key: tensor for key, tensor in weights.items() if not (left_out and key.startswith(left_out))}
     parameters = {_key(name): p for name, p in model.named_parameters() if not name.endswith(".alpha")}
     new_head = () if "classifier.weight" in weights else ("classifier.weight", "classifier.bias")
-    missing = sorted(parameters.keys() - weights.keys() - set(new_head))
-    unexpected = sorted(weights.keys() - parameters.keys())
-    shapes = [
-        f"{key}: {tuple(weights[key].shape)} instead of {tuple(parameter.shape)}"
-        for key, parameter in parameters.items()
-        if key in weights and weights[key].shape != parameter.shape
-    ]
-    if missing or unexpected or shapes:
-        parts = [("missing", missing), ("unexpected", unexpected), ("of the wrong shape", shapes)]
-        told = "; ".join(f"{what}: {', '.join(keys[:5])}{' ...' * (len(keys) > 5)}" for what, keys in parts if keys)
-        raise DataError(f"SpikeLM state dict: {told}")
-    with torch.no_grad():
-        for key, tensor in weights.items():
-            parameters[key].copy_(tensor)
+    take_weights(parameters, weights, what="SpikeLM", optional=new_head)

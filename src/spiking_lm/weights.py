@@ -8,6 +8,7 @@ schemes, with scales per row or group, are in :mod:`spiking_lm.quantization`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, cast
 from weakref import WeakKeyDictionary
@@ -70,13 +71,70 @@ def int8_activation(x: Tensor) -> Tensor:
     return cast(Tensor, _StraightThrough.apply(x, _int8))
 
 
-class QuantizedLinear(nn.Linear):
+class PackedLayer(nn.Module, ABC):
+    """A layer that may hold its matrix packed, in buffers: ``weight`` is then what they stand for.
+
+    It is unpacked when it is first asked for, and kept beside the layer until the buffers may have changed. A layer
+    says whether it is :attr:`packed`, how to :meth:`unpack`, and how to :meth:`make_room` for a state dict.
+    """
+
+    @property
+    @abstractmethod
+    def packed(self) -> bool:
+        """Whether the matrix is held packed, and cannot be trained any more."""
+
+    @property
+    @abstractmethod
+    def own_dtype(self) -> torch.dtype:
+        """The type in which ``weight`` is given."""
+
+    @abstractmethod
+    def unpack(self, dtype: torch.dtype) -> Tensor:
+        """Return what the packed matrix stands for, (O, I)."""
+
+    @abstractmethod
+    def make_room(self, stored: Mapping[str, Tensor]) -> None:
+        """Take on the form of the tensors ``stored`` of a state dict below this layer, if they are packed."""
+
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        """Return what the packed matrix stands for, (O, I), computed once."""
+        matrix = _UNPACKED.get(self)
+        if matrix is None or matrix.dtype != dtype:
+            matrix = _UNPACKED[self] = self.unpack(dtype)
+        return matrix
+
+    def hold(self, buffers: Mapping[str, Tensor]) -> None:
+        """Hold a packed matrix in place of ``weight``."""
+        self._parameters.pop("weight", None)
+        for name, tensor in buffers.items():
+            self.register_buffer(name, tensor)
+        _UNPACKED.pop(self, None)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and self.packed:
+            return self.unpacked(self.own_dtype)
+        return super().__getattr__(name)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        _UNPACKED.pop(self, None)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self.make_room({name[len(prefix) :]: t for name, t in state_dict.items() if name.startswith(prefix)})
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        _UNPACKED.pop(self, None)
+
+
+class QuantizedLinear(PackedLayer, nn.Linear):
     """A linear layer that multiplies with its weights in few levels.
 
     ``weight`` (O, I) is what is trained, :meth:`effective_weight` what is multiplied with; with ``bits="full"`` they
     are the same. :meth:`pack` replaces the trained weights by codes for good, and ``weight`` is then what those stand
     for. A state dict has ``weight`` before, and ``codes`` and ``scale`` afterwards; either can be loaded.
     """
+
+    codes: Tensor
+    scale: Tensor
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, bits: Precision = "full") -> None:
         super().__init__(in_features, out_features, bias)
@@ -108,7 +166,7 @@ class QuantizedLinear(nn.Linear):
             return
         codes, scale = (ternary_codes if self.bits == "ternary" else binary_codes)(self.weight)
         digits = codes + 1 if self.bits == "ternary" else codes > 0
-        self._hold(packing.pack(digits.to(torch.uint8), _LEVELS[self.bits]), scale)
+        self.hold({"codes": packing.pack(digits.to(torch.uint8), _LEVELS[self.bits]), "scale": scale})
 
     def make_room(self, stored: Mapping[str, Tensor]) -> None:
         """Take on the packed form if ``stored``, the tensors of a state dict below this layer, is in it.
@@ -126,36 +184,18 @@ class QuantizedLinear(nn.Linear):
                 f"({self.in_features} to {self.out_features})",
                 hint=f"make the model with {found} weights" if found in _LEVELS else "the file is of another model",
             )
-        self._hold(torch.empty_like(codes), torch.empty_like(stored["scale"]))
+        self.hold({name: torch.empty_like(stored[name]) for name in ("codes", "scale")})
 
-    def _hold(self, codes: Tensor, scale: Tensor) -> None:
-        self._parameters.pop("weight", None)
-        self.register_buffer("codes", codes)
-        self.register_buffer("scale", scale)
-        _UNPACKED.pop(self, None)
+    @property
+    def own_dtype(self) -> torch.dtype:
+        """That of the scale, which follows the model's."""
+        return self.scale.dtype
 
-    def _unpacked(self) -> Tensor:
-        scale = self.scale
-        matrix = _UNPACKED.get(self)
-        if matrix is None or matrix.dtype != scale.dtype:
-            shape = (self.out_features, self.in_features)
-            digits = packing.unpack(self.codes, _LEVELS[self.bits], shape[0] * shape[1]).view(shape).to(scale.dtype)
-            matrix = _UNPACKED[self] = (digits - 1 if self.bits == "ternary" else 2 * digits - 1) * scale
-        return matrix
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "weight" and self.packed:
-            return self._unpacked()
-        return super().__getattr__(name)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        _UNPACKED.pop(self, None)
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        self.make_room({name[len(prefix) :]: t for name, t in state_dict.items() if name.startswith(prefix)})
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        _UNPACKED.pop(self, None)
+    def unpack(self, dtype: torch.dtype) -> Tensor:
+        """Return codes times scale, (O, I)."""
+        shape = (self.out_features, self.in_features)
+        digits = packing.unpack(self.codes, _LEVELS[self.bits], shape[0] * shape[1]).view(shape).to(dtype)
+        return (digits - 1 if self.bits == "ternary" else 2 * digits - 1) * self.scale.to(dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}{', packed' if self.packed else ''}"

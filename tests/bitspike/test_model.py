@@ -24,10 +24,6 @@ def build(seed: int = 1, **config: Any) -> Bitspike:
 class Classifier(ModelContract):
     outside_the_graph = {"classifier": "it reads a text once", "head": "it reads what is encoded"}
 
-    @pytest.fixture
-    def model(self) -> Bitspike:
-        raise NotImplementedError
-
 
 class TestEncoder(Classifier):
     @pytest.fixture

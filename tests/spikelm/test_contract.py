@@ -13,7 +13,7 @@ from spiking_lm.testing import ModelContract
 from spiking_lm_spikelm.config import SpikeLMConfig
 from spiking_lm_spikelm.model import SpikeLM
 
-SMALL: dict[str, Any] = {"vocab_size": 23, "n_layer": 2, "n_embd": 16, "n_head": 2, "n_hidden": 24, "max_len": 32}
+SMALL: dict[str, Any] = {"vocab_size": 23, "n_layer": 2, "n_embd": 16, "n_head": 2, "n_hidden": 24, "ctx_len": 32}
 LIF = {"type": "lif", "threshold": 0.5, "beta": 0.25, "gain": 1.0}
 
 

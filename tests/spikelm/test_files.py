@@ -157,7 +157,7 @@ def test_sentences_of_a_published_encoder(tmp_path: Path) -> None:
 
 def small(**changes: Any) -> SpikeLM:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 23, "n_layer": 2, "n_embd": 64, "n_head": 1, "n_hidden": 24, "max_len": 12}
+    sizes = {"vocab_size": 23, "n_layer": 2, "n_embd": 64, "n_head": 1, "n_hidden": 24, "ctx_len": 12}
     model = create_model("spikelm", **{**sizes, "mlm": True, "nsp": True, "pooling": "cls", "steps": 3, **changes})
     assert isinstance(model, SpikeLM)
     return model.eval()

@@ -23,7 +23,7 @@ from spiking_lm_spikelm.model import SpikeLM
 from spiking_lm_spikelm.neuron import Elastic, ElasticState
 
 quick = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
-SMALL: dict[str, Any] = {"vocab_size": 31, "n_layer": 2, "n_embd": 16, "n_head": 2, "n_hidden": 24, "max_len": 16}
+SMALL: dict[str, Any] = {"vocab_size": 31, "n_layer": 2, "n_embd": 16, "n_head": 2, "n_hidden": 24, "ctx_len": 16}
 
 
 def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
