@@ -37,19 +37,19 @@ LARGER = SpikeLLMConfig(vocab_size=32000, n_layer=32, n_embd=4096, n_inner=11008
 CALIBRATION = {"samples": 8, "window": 512}
 """Memory hardly depends on it: a few windows are in memory at a time, whatever their number."""
 
-METHODS: dict[str, dict[str, Any]] = {
-    "rtn": {
-        "rounding": "nearest",
-        **{name: {"bits": 4} for name in ("weights", "activations", "cache")},
-    },
-    "gptq": {
-        "rotation": True,
-        "weights": {"bits": 4},
-        "activations": {"bits": 4, "salient": {"rate": 0.1, "steps": 2}},
-        "cache": {"bits": 4},
-    },
+_GPTQ: dict[str, Any] = {
+    "rotation": True,
+    "weights": {"bits": 4},
+    "activations": {"bits": 4, "salient": {"rate": 0.1, "steps": 2}},
+    "cache": {"bits": 4},
 }
-"""Name -> options of a conversion; gptq is all of ``spikellm/w4a4``."""
+
+METHODS: dict[str, dict[str, Any]] = {
+    "rtn": {"rounding": "nearest", **{name: {"bits": 4} for name in ("weights", "activations", "cache")}},
+    "gptq": _GPTQ,
+    "gptq-follow": {**_GPTQ, "gptq": {"follow": 0.5}},
+}
+"""Name -> options of a conversion; the last is ``spikellm/w4a4``, which has the float model beside."""
 
 TARGET_GB = 6.0
 
