@@ -36,6 +36,16 @@ def spiking_lm_models(register: Register) -> None:
             capabilities=frozenset({"lm", "encode", "mlm", "classify"}),
         )
     )
+    register(
+        ModelSpec(
+            name="spikelm-seq2seq",
+            summary="an encoder and a decoder of SpikeLM's blocks, from a source to a target",
+            config="spiking_lm_spikelm.config:SpikeLMSeq2SeqConfig",
+            factory="spiking_lm_spikelm.seq2seq:SpikeLMSeq2Seq",
+            paper="https://arxiv.org/abs/2406.03287",
+            capabilities=frozenset({"seq2seq"}),
+        )
+    )
 
 
 @hookimpl

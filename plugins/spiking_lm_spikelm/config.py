@@ -11,10 +11,8 @@ from spiking_lm.config import ModelConfig
 Precision = Literal["full", "ternary", "binary"]
 
 
-class SpikeLMConfig(ModelConfig):
-    """Sizes and switches of SpikeLM, of its twins without elastic neurons, and of its heads."""
-
-    model_type: ClassVar[str] = "spikelm"
+class SpikeLMSizes(ModelConfig):
+    """What every form of SpikeLM is made of: sizes, neurons and precision of its blocks and its embedding."""
 
     vocab_size: int = Field(gt=0)
     n_layer: int = Field(default=4, gt=0)
@@ -24,8 +22,6 @@ class SpikeLMConfig(ModelConfig):
     """Width of the feed-forward layer; None: four times ``n_embd``."""
     ctx_len: int = Field(default=128, gt=0)
     """The longest text: positions are learned."""
-    type_vocab_size: int = Field(default=2, gt=0)
-    """Kinds of segments; texts of one segment are of kind 0."""
     norm_eps: float = Field(default=1e-12, gt=0)
 
     steps: int = Field(default=4, gt=0)
@@ -34,21 +30,11 @@ class SpikeLMConfig(ModelConfig):
     """``type`` is a registered neuron, the rest are its parameters. ``{type: lif, threshold: 0.5}`` makes the LIF twin;
     None the dense twin, with real numbers everywhere, and one step."""
     weights: Precision = "full"
-    """Of the six matrices of a block: real, or trained as ternary or binary ones."""
+    """Of the matrices of a block: real, or trained as ternary or binary ones."""
     embedding: Precision = "full"
     """Of the word embedding, scaled by row; the released code defines it and does not use it."""
-    causal: bool = False
-    """A language model that reads from left to right, in place of an encoder."""
-
-    mlm: bool = False
-    """Adds the head that predicts masked words; a causal model has it anyway, for the next word."""
     mlm_activation: Literal["relu", "gelu"] = "relu"
-    nsp: bool = False
-    """Adds the head that says whether the second segment follows the first."""
-    num_classes: int | None = Field(default=None, ge=1)
-    """Adds a classification head; 1 is regression."""
-    pooling: Literal["mean", "cls"] = "mean"
-    """What classification and ``nsp`` read: the mean over the true tokens, or the first token behind a tanh layer."""
+    """Of the head that predicts words."""
 
     dropout: float = Field(default=0.1, ge=0, lt=1)
     """On the embedding, the attention weights, and what each sub-block adds."""
@@ -58,12 +44,9 @@ class SpikeLMConfig(ModelConfig):
     """fan_in: normal with deviation 1/sqrt(inputs). bert: 0.02, which leaves neurons with a fixed threshold silent."""
 
     @model_validator(mode="after")
-    def _fits(self) -> SpikeLMConfig:
+    def _blocks_fit(self) -> SpikeLMSizes:
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is no multiple of n_head {self.n_head}")
-        if self.causal and (self.nsp or self.pooling == "cls"):
-            field = "nsp" if self.nsp else "pooling: cls"
-            raise ValueError(f"{field} reads the first token, which in a causal model has seen no other")
         if self.neuron is not None and not isinstance(self.neuron.get("type"), str):
             raise ValueError("neuron has no type; write {type: elastic}, or null for the dense twin")
         return self
@@ -77,3 +60,43 @@ class SpikeLMConfig(ModelConfig):
     def time_steps(self) -> int:
         """Spike steps that really run: one in the dense twin."""
         return 1 if self.neuron is None else self.steps
+
+
+class SpikeLMConfig(SpikeLMSizes):
+    """SpikeLM as an encoder or a causal model, its twins without elastic neurons, and its heads."""
+
+    model_type: ClassVar[str] = "spikelm"
+
+    type_vocab_size: int = Field(default=2, gt=0)
+    """Kinds of segments; texts of one segment are of kind 0."""
+    causal: bool = False
+    """A language model that reads from left to right, in place of an encoder."""
+    mlm: bool = False
+    """Adds the head that predicts masked words; a causal model has it anyway, for the next word."""
+    nsp: bool = False
+    """Adds the head that says whether the second segment follows the first."""
+    num_classes: int | None = Field(default=None, ge=1)
+    """Adds a classification head; 1 is regression."""
+    pooling: Literal["mean", "cls"] = "mean"
+    """What classification and ``nsp`` read: the mean over the true tokens, or the first token behind a tanh layer."""
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> SpikeLMConfig:
+        if self.causal and (self.nsp or self.pooling == "cls"):
+            field = "nsp" if self.nsp else "pooling: cls"
+            raise ValueError(f"{field} reads the first token, which in a causal model has seen no other")
+        return self
+
+
+class SpikeLMSeq2SeqConfig(SpikeLMSizes):
+    """SpikeLM as an encoder of sources and a decoder of targets: ``n_layer`` are the blocks of the encoder."""
+
+    model_type: ClassVar[str] = "spikelm-seq2seq"
+
+    n_decoder: int | None = Field(default=None, gt=0)
+    """Blocks of the decoder; None: as many as the encoder has."""
+
+    @property
+    def decoder_layers(self) -> int:
+        """Blocks that the decoder has."""
+        return self.n_decoder or self.n_layer

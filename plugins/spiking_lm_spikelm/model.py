@@ -23,14 +23,24 @@ from torch import Tensor, nn
 
 from spiking_lm import create_neuron
 from spiking_lm.errors import UsageError
-from spiking_lm.graph import LMGraph, Op
-from spiking_lm.interfaces import Encoding, LMOutput, Neuron, SpikeSite, SpikingEncoder, State, mean_over_steps
+from spiking_lm.graph import LMGraph
+from spiking_lm.interfaces import (
+    Encoding,
+    LMOutput,
+    Neuron,
+    SpikeSite,
+    SpikingEncoder,
+    SpikingLanguageModel,
+    State,
+    mean_over_steps,
+)
 from spiking_lm.kernels import products
 from spiking_lm.watch import check_range
 from spiking_lm.weights import QuantizedLinear, expect_packed
-from spiking_lm_spikelm.config import SpikeLMConfig
+from spiking_lm_spikelm.config import SpikeLMConfig, SpikeLMSizes
 from spiking_lm_spikelm.embedding import QuantizedEmbedding
 from spiking_lm_spikelm.neuron import Elastic, calibrating
+from spiking_lm_spikelm.ops import Ops, spike_sites
 
 MASKED = -1e4
 """What stands in ``Encoding.scores`` where nobody looks."""
@@ -62,7 +72,7 @@ class Record:
             self.arrived[feeds] = seen
 
 
-def make_neuron(config: SpikeLMConfig, *, memory: bool = True) -> Neuron | None:
+def make_neuron(config: SpikeLMSizes, *, memory: bool = True) -> Neuron | None:
     """Return a population as the config says; without ``memory`` an elastic one forgets each step."""
     if config.neuron is None:
         return None
@@ -100,7 +110,7 @@ def interchangeable(*neurons: Neuron | None) -> bool:
 class SpikingLinear(QuantizedLinear):
     """A matrix and the neurons in front of it."""
 
-    def __init__(self, config: SpikeLMConfig, n_in: int, n_out: int, name: str) -> None:
+    def __init__(self, config: SpikeLMSizes, n_in: int, n_out: int, name: str) -> None:
         super().__init__(n_in, n_out, bits=config.weights)
         self.neuron, self.name = make_neuron(config), name
 
@@ -141,9 +151,9 @@ class StepDropout(nn.Dropout):
 class Attention(nn.Module):
     """Attention in which keys and values are spikes; softmax and queries are real."""
 
-    def __init__(self, config: SpikeLMConfig, name: str) -> None:
+    def __init__(self, config: SpikeLMSizes, name: str, *, causal: bool = False) -> None:
         super().__init__()
-        self.config, self.name = config, name
+        self.config, self.name, self.causal = config, name, causal
         size = config.n_embd
         self.query = SpikingLinear(config, size, size, f"{name}.query")
         self.key = SpikingLinear(config, size, size, f"{name}.key")
@@ -160,38 +170,64 @@ class Attention(nn.Module):
         The cache of a causal model holds all tokens; an encoder has none.
         """
         q, k, v = project(x, (self.query, self.key, self.value), record)
+        k, v = self.fire(k, v, record)
+        cache = None
+        if self.causal:
+            new = self.keep(k, v)
+            cache = new
+            if past is not None and past.keys.shape[3]:
+                k, v = (torch.cat(pair, 3) for pair in zip(self.recall(past, k.dtype), (k, v), strict=True))
+                cache = LayerCache(*(torch.cat(pair, 3) for pair in zip(past, new, strict=True)))
+        return self.mix(q, k, v, mask, record), cache
+
+    def fire(self, k: Tensor, v: Tensor, record: Record | None) -> tuple[Tensor, Tensor]:
+        """Return the spikes of keys and values ``(T, B, L, H)``, by head: ``(T, B, heads, L, d)``."""
         k = fire(self.key_neuron, k, memory=False)
         v = fire(self.value_neuron, v, memory=False)
         if record is not None:
             record.fired(f"{self.name}.key_neuron", self.key_neuron, k)
             record.fired(f"{self.name}.value_neuron", self.value_neuron, v)
-        q, k, v = (y.reshape(*y.shape[:3], self.config.n_head, -1).transpose(2, 3) for y in (q, k, v))
-        cache = None
-        if self.config.causal:
-            k, keys = self._remember(self.key_neuron, k, past and past.keys)
-            v, values = self._remember(self.value_neuron, v, past and past.values)
-            cache = LayerCache(keys, values)
-        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        return self._by_head(k), self._by_head(v)
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, record: Record | None = None) -> Tensor:
+        """Return what queries ``(T, B, S, H)`` find in keys and values ``(T, B, heads, L, d)``: ``(T, B, S, H)``."""
+        by_head = self._by_head(q)
+        scores = by_head @ k.transpose(-1, -2) / by_head.shape[-1] ** 0.5
         if mask is not None:
             scores = scores + mask
         if record is not None and record.scores is not None:
             shown = scores if mask is None else scores.masked_fill(mask <= MASKED, MASKED)
             record.scores.append(shown.mean(0))
         y = self.dropout(scores.softmax(-1)) @ v
-        return y.transpose(2, 3).reshape(x.shape), cache
+        return cast(Tensor, y.transpose(2, 3).reshape(q.shape))
 
-    def _remember(self, neuron: Neuron | None, new: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return keys or values of all tokens, ``(T, B, heads, L, d)``, and the cache that holds them."""
-        kept = new if neuron is None else codes(neuron, new)
+    def _by_head(self, x: Tensor) -> Tensor:
+        return x.reshape(*x.shape[:3], self.config.n_head, -1).transpose(2, 3)
+
+    def keep(self, k: Tensor, v: Tensor) -> LayerCache:
+        """Return what a cache holds of the spikes of keys and values ``(T, B, heads, L, d)``."""
+        pairs = ((self.key_neuron, k), (self.value_neuron, v))
+        kept = [x if neuron is None else codes(neuron, x) for neuron, x in pairs]
         if self.cache_dtype is not None:
-            kept = kept.detach().to(self.cache_dtype)
-        kept = kept.transpose(0, 1)
-        if past is None or past.shape[3] == 0:
-            return new, kept
-        before = past.transpose(0, 1).to(new.dtype)
-        if isinstance(neuron, Elastic):
-            before = before * neuron.amplitudes(len(new)).to(new.dtype).view(-1, 1, 1, 1, 1)
-        return torch.cat([before, new], 3), torch.cat([past, kept], 3)
+            kept = [x.detach().to(self.cache_dtype) for x in kept]
+        return LayerCache(*(x.transpose(0, 1) for x in kept))
+
+    def recall(self, cache: LayerCache, dtype: torch.dtype) -> list[Tensor]:
+        """Return the spikes of keys and values, ``(T, B, heads, L, d)``, that a cache holds."""
+        spikes = []
+        for neuron, kept in zip((self.key_neuron, self.value_neuron), cache, strict=True):
+            x = kept.transpose(0, 1).to(dtype)
+            if isinstance(neuron, Elastic):
+                x = x * neuron.amplitudes(len(x)).to(dtype).view(-1, 1, 1, 1, 1)
+            spikes.append(x)
+        return spikes
+
+    def empty_cache(self, batch_size: int, like: Tensor) -> LayerCache:
+        """Return a cache without tokens, of the type of ``like`` where spikes are no small integers."""
+        c = self.config
+        shape = (batch_size, c.time_steps, c.n_head, 0, c.n_embd // c.n_head)
+        keys, values = (like.new_zeros(shape, dtype=self.cache_dtype) for _ in range(2))
+        return LayerCache(keys, values)
 
     @property
     def cache_dtype(self) -> torch.dtype | None:
@@ -204,10 +240,10 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each added to what they read and normalised behind that."""
 
-    def __init__(self, config: SpikeLMConfig, layer: int) -> None:
+    def __init__(self, config: SpikeLMSizes, name: str, *, causal: bool = False) -> None:
         super().__init__()
-        name, size = f"blocks.{layer}", config.n_embd
-        self.attention = Attention(config, f"{name}.attention")
+        size = config.n_embd
+        self.attention = Attention(config, f"{name}.attention", causal=causal)
         self.output = SpikingLinear(config, size, size, f"{name}.output")
         self.norm1 = nn.LayerNorm(size, config.norm_eps)
         self.up = SpikingLinear(config, size, config.inner, f"{name}.up")
@@ -218,15 +254,26 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor | None, past: LayerCache | None = None, record: Record | None = None
     ) -> tuple[Tensor, LayerCache | None]:
+        """Return ``x (T, B, S, H)`` after the block, and the cache of :class:`Attention`."""
+        x, cache = self.attend(x, mask, past, record)
+        return self.feed_forward(x, record), cache
+
+    def attend(
+        self, x: Tensor, mask: Tensor | None, past: LayerCache | None, record: Record | None
+    ) -> tuple[Tensor, LayerCache | None]:
+        """Return ``x (T, B, S, H)`` after the first half of the block, and the cache."""
         mixed, cache = self.attention(x, mask, past, record)
-        x = self.norm1(x + self.dropout(self.output(mixed, record)))
-        return self.norm2(x + self.dropout(self.down(F.gelu(self.up(x, record)), record))), cache
+        return self.norm1(x + self.dropout(self.output(mixed, record))), cache
+
+    def feed_forward(self, x: Tensor, record: Record | None) -> Tensor:
+        """Return ``x (T, B, S, H)`` after the second half of the block."""
+        return cast(Tensor, self.norm2(x + self.dropout(self.down(F.gelu(self.up(x, record)), record))))
 
 
 class MaskedHead(nn.Module):
     """Predicts words from hidden states; its last matrix is the word embedding."""
 
-    def __init__(self, config: SpikeLMConfig) -> None:
+    def __init__(self, config: SpikeLMSizes) -> None:
         super().__init__()
         self.dense = nn.Linear(config.n_embd, config.n_embd)
         self.norm = nn.LayerNorm(config.n_embd, config.norm_eps)
@@ -242,30 +289,39 @@ class MaskedHead(nn.Module):
         return F.linear(self.transform(x), words, self.bias)
 
 
-class SpikeLM(SpikingEncoder):
-    """SpikeLM as an encoder or, with ``causal``, as a language model; its heads are its further capabilities."""
+def seen_before(before: int, length: int, device: torch.device) -> Tensor:
+    """Return ``(1, 1, length, before + length)``: whether a token comes before one, or is that one."""
+    place = torch.arange(before + length, device=device)
+    return (place <= place[before:, None])[None, None]
 
-    config: SpikeLMConfig
 
-    def __init__(self, config: SpikeLMConfig) -> None:
+def true_tokens(lengths: Tensor, length: int) -> Tensor:
+    """Return ``(B, 1, 1, length)``: whether a token is a true one of a row and no padding."""
+    return (torch.arange(length, device=lengths.device) < lengths.clamp(min=1)[:, None])[:, None, None]
+
+
+def hide(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what is added to the scores so that only what is ``seen`` counts."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+class Embedded(SpikingLanguageModel):
+    """What every form of SpikeLM begins with: the embedding of words, places and kinds of segments."""
+
+    config: SpikeLMSizes
+
+    def __init__(self, config: SpikeLMSizes, kinds: int) -> None:
         super().__init__()
         self.config = config
         size = config.n_embd
         self.word = QuantizedEmbedding(config.vocab_size, size, config.embedding)
         self.position = nn.Embedding(config.ctx_len, size)
-        self.kind = nn.Embedding(config.type_vocab_size, size)
+        self.kind = nn.Embedding(kinds, size)
         self.norm = nn.LayerNorm(size, config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.pooler = nn.Linear(size, size) if config.pooling == "cls" else None
-        self.mlm_head = MaskedHead(config) if config.mlm or config.causal else None
-        self.nsp_head = nn.Linear(size, 2) if config.nsp else None
-        self.classify_head = nn.Linear(size, config.num_classes) if config.num_classes is not None else None
-        heads = {"lm": config.causal, "mlm": config.mlm and not config.causal, "classify": self.classify_head}
-        self.capabilities = frozenset({"encode", *(name for name, there in heads.items() if there)})
-        self._init_weights()
 
-    def _init_weights(self) -> None:
+    def init_weights(self) -> None:
+        """Draw the weights of all matrices and tables."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 fan_in = module.weight.shape[1]
@@ -273,13 +329,64 @@ class SpikeLM(SpikingEncoder):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
-    def layers(self) -> list[Block]:
-        """Return the blocks."""
-        return cast("list[Block]", list(self.blocks))
-
     def expect(self, stored: Any) -> None:
         """Make room for packed ternary and binary matrices."""
         expect_packed(self, stored)
+
+    def embed(self, tokens: Tensor, kind: Tensor | int = 0, before: int = 0) -> Tensor:
+        """Return what the first block reads of ``tokens (B, S)`` in each of the steps, ``(T, B, S, H)``.
+
+        ``kind`` is that of all their segments, or ``(B, S)``; ``before`` is how many tokens went before them. Raises
+        UsageError for what is no batch of texts, and for more than ``ctx_len`` tokens.
+        """
+        config = self.config
+        if tokens.ndim != 2 or tokens.shape[1] == 0:
+            raise UsageError(
+                f"SpikeLM reads token ids (B, S) with S at least 1, not {tuple(tokens.shape)}",
+                hint="tokens[None] makes a batch of one",
+            )
+        end = before + tokens.shape[1]
+        if end > config.ctx_len:
+            raise UsageError(
+                f"a text of {end} tokens for a model that knows {config.ctx_len} positions",
+                hint="cut the text, or train a model with a greater ctx_len",
+            )
+        try:
+            x = self.word(tokens)
+        except IndexError:
+            check_range(tokens, config.vocab_size)
+            raise
+        if self.training and config.word_dropout:
+            x = x * (torch.rand(tokens.shape, device=x.device) >= config.word_dropout)[..., None]
+        kinds = self.kind.weight[kind] if isinstance(kind, int) else self.kind(kind)
+        x = self.dropout(self.norm(x + self.position.weight[before:end] + kinds))
+        return cast(Tensor, x.expand(config.time_steps, *x.shape))
+
+    def spike_sites(self) -> list[SpikeSite]:
+        """Return the inputs of the matrices, and keys and values; the dense twin has none."""
+        return spike_sites(self.graph())
+
+
+class SpikeLM(Embedded, SpikingEncoder):
+    """SpikeLM as an encoder or, with ``causal``, as a language model; its heads are its further capabilities."""
+
+    config: SpikeLMConfig
+
+    def __init__(self, config: SpikeLMConfig) -> None:
+        super().__init__(config, config.type_vocab_size)
+        size = config.n_embd
+        self.blocks = nn.ModuleList(Block(config, f"blocks.{i}", causal=config.causal) for i in range(config.n_layer))
+        self.pooler = nn.Linear(size, size) if config.pooling == "cls" else None
+        self.mlm_head = MaskedHead(config) if config.mlm or config.causal else None
+        self.nsp_head = nn.Linear(size, 2) if config.nsp else None
+        self.classify_head = nn.Linear(size, config.num_classes) if config.num_classes is not None else None
+        heads = {"lm": config.causal, "mlm": config.mlm and not config.causal, "classify": self.classify_head}
+        self.capabilities = frozenset({"encode", *(name for name, there in heads.items() if there)})
+        self.init_weights()
+
+    def layers(self) -> list[Block]:
+        """Return the blocks."""
+        return cast("list[Block]", list(self.blocks))
 
     # -- what it computes ----------------------------------------------------------------------------------------------
 
@@ -289,13 +396,8 @@ class SpikeLM(SpikingEncoder):
         """Return empty caches. Raises UsageError for an encoder."""
         if not self.config.causal:
             return cast("tuple[LayerCache, ...]", super().init_state(batch_size))
-        config, like = self.config, self.norm.weight
-        shape = (batch_size, config.time_steps, config.n_head, 0, config.n_embd // config.n_head)
-
-        def empty(block: Block) -> Tensor:
-            return like.new_zeros(shape, device=device, dtype=block.attention.cache_dtype or dtype)
-
-        return tuple(LayerCache(empty(block), empty(block)) for block in self.layers())
+        like = self.norm.weight.new_zeros((), device=device, dtype=dtype)
+        return tuple(block.attention.empty_cache(batch_size, like) for block in self.layers())
 
     def forward(self, tokens: Tensor, state: State | None = None, *, return_spikes: bool = False) -> LMOutput:
         """Score ``tokens (B, S)`` of a causal model; returns logits ``(B, S, V)``, the next state and the spikes.
@@ -378,9 +480,8 @@ class SpikeLM(SpikingEncoder):
     ) -> tuple[list[Tensor], tuple[LayerCache | None, ...]]:
         """Return what goes into each block and out of the last, ``(T, B, S, H)``, and the caches after the text."""
         before = 0 if past is None else past[0].keys.shape[3]
-        x = self._embed(tokens, types, before)
-        hidden = [x.expand(self.config.time_steps, *x.shape)]
-        mask = self._mask(tokens, lengths, before, x.dtype)
+        hidden = [self.embed(tokens, 0 if types is None else types, before)]
+        mask = self._mask(tokens, lengths, before, hidden[0].dtype)
         caches = []
         for layer, block in enumerate(self.layers()):
             x, cache = block(hidden[-1], mask, None if past is None else past[layer], record)
@@ -388,114 +489,30 @@ class SpikeLM(SpikingEncoder):
             caches.append(cache)
         return hidden, tuple(caches)
 
-    def _embed(self, tokens: Tensor, types: Tensor | None, before: int) -> Tensor:
-        config = self.config
-        if tokens.ndim != 2 or tokens.shape[1] == 0:
-            raise UsageError(
-                f"SpikeLM reads token ids (B, S) with S at least 1, not {tuple(tokens.shape)}",
-                hint="tokens[None] makes a batch of one",
-            )
-        end = before + tokens.shape[1]
-        if end > config.ctx_len:
-            raise UsageError(
-                f"a text of {end} tokens for a model that knows {config.ctx_len} positions",
-                hint="cut the text, or train a model with a greater ctx_len",
-            )
-        try:
-            x = self.word(tokens)
-        except IndexError:
-            check_range(tokens, config.vocab_size)
-            raise
-        if self.training and config.word_dropout:
-            x = x * (torch.rand(tokens.shape, device=x.device) >= config.word_dropout)[..., None]
-        kinds = self.kind.weight[0] if types is None else self.kind(types)
-        return cast(Tensor, self.dropout(self.norm(x + self.position.weight[before:end] + kinds)))
-
     def _mask(self, tokens: Tensor, lengths: Tensor | None, before: int, dtype: torch.dtype) -> Tensor | None:
         """Return what is added to the scores, ``(B or 1, 1, S or 1, L)``; None where every token sees all others."""
-        place = torch.arange(before + tokens.shape[1], device=tokens.device)
-        seen: Tensor | None = None
-        if self.config.causal:
-            seen = (place <= place[before:, None])[None, None]
+        seen = seen_before(before, tokens.shape[1], tokens.device) if self.config.causal else None
         if lengths is not None:
-            true = (place < lengths.clamp(min=1)[:, None])[:, None, None]
+            true = true_tokens(lengths, before + tokens.shape[1])
             seen = true if seen is None else seen & true
-        if seen is None:
-            return None
-        return torch.zeros(seen.shape, dtype=dtype, device=tokens.device).masked_fill(~seen, torch.finfo(dtype).min)
+        return None if seen is None else hide(seen, dtype)
 
     # -- what it is ----------------------------------------------------------------------------------------------------
 
-    def spike_sites(self) -> list[SpikeSite]:
-        """Return the inputs of the matrices, and keys and values; the dense twin has none."""
-        graph = self.graph()
-        return [
-            SpikeSite(op.name, cast(Any, op.emits), tuple(reader.name for reader in graph.readers(op.name)))
-            for op in graph
-            if op.kind == "neuron"
-        ]
-
     def graph(self) -> LMGraph:
         """Describe one token; attention is charged for the average context of a text of ``ctx_len`` tokens."""
-        return LMGraph(tuple(_ops(self)))
+        ops, causal = Ops(self, self.config), self.config.causal
+        context = (self.config.ctx_len + 1) / 2 if causal else self.config.ctx_len
+        x = ops.embedding()
+        for i, block in enumerate(self.layers()):
+            x = ops.feed_forward(f"blocks.{i}", ops.self_attention(f"blocks.{i}", block, x, context))
+        x = ops.mean(x)
+        if causal:
+            ops.head(x)
+        return ops.graph()
 
     def to_reference(self, *, grads: bool = False) -> dict[str, Tensor]:
         """Return weights, or their gradients, under the keys of the released code."""
         from spiking_lm_spikelm.reference import to_reference
 
         return to_reference(self, grads=grads)
-
-
-def _ops(model: SpikeLM) -> list[Op]:
-    """List the operations of one token, in order."""
-    config = model.config
-    listed: list[Op] = []
-    size, inner, steps = config.n_embd, config.inner, config.time_steps
-    context = (config.ctx_len + 1) / 2 if config.causal else config.ctx_len
-
-    def add(name: str, kind: Any, inputs: tuple[str, ...], n: int, emits: Any = "real", **more: Any) -> str:
-        listed.append(Op(name, kind, inputs, emits, n, **more))
-        return name
-
-    def norm(name: str, source: str, times: int = steps) -> str:
-        return add(name, "norm", (source,), size, module=name, other_ops=8 * size, steps=times)
-
-    def residual(name: str, x: str, added: str) -> str:
-        return add(name, "residual", (x, added), size, other_ops=size, steps=steps)
-
-    def neurons(name: str, neuron: Neuron | None, source: str, n: int) -> str:
-        """Add the neurons of a site, if there are any, and return what the next op reads."""
-        if neuron is None:
-            return source
-        kind = "ternary" if isinstance(neuron, Elastic) else neuron.spike_kind
-        return add(name, "neuron", (source,), n, kind, other_ops=5 * n, steps=steps)
-
-    def linear(name: str, source: str, n_out: int, n_in: int) -> str:
-        layer = cast(SpikingLinear, model.get_submodule(name))
-        source = neurons(f"{name}.neuron", layer.neuron, source, n_in)
-        held = {"weight": f"{name}.weight", "bias": f"{name}.bias"}
-        return add(name, "linear", (source,), n_out, weight=(n_out, n_in), parameters=held, steps=steps)
-
-    x = add("word", "embedding", ("tokens",), size, module="word")
-    x = norm("norm", add("embed", "elementwise", (x,), size, other_ops=2 * size), 1)
-    for i, block in enumerate(model.layers()):
-        p = f"blocks.{i}"
-        q, k, v = (linear(f"{p}.attention.{matrix}", x, size, size) for matrix in ("query", "key", "value"))
-        k = neurons(f"{p}.attention.key_neuron", block.attention.key_neuron, k, size)
-        v = neurons(f"{p}.attention.value_neuron", block.attention.value_neuron, v, size)
-        cost = round(context * (4 * size + 5 * config.n_head))  # two products, and a softmax of 5 operations
-        mixed = add(f"{p}.attention", "elementwise", (q, k, v), size, other_ops=cost, steps=steps)
-        out = linear(f"{p}.output", mixed, size, size)
-        x = norm(f"{p}.norm1", residual(f"{p}.add_attention", x, out))
-        up = linear(f"{p}.up", x, inner, size)
-        up = add(f"{p}.gelu", "elementwise", (up,), inner, other_ops=8 * inner, steps=steps)
-        down = linear(f"{p}.down", up, size, inner)
-        x = norm(f"{p}.norm2", residual(f"{p}.add_feed_forward", x, down))
-    x = add("mean", "pool", (x,), size, other_ops=size, steps=steps)
-    if config.causal:
-        vocab = config.vocab_size
-        dense = add("mlm_head.dense", "linear", (x,), size, module="mlm_head.dense", weight=(size, size))
-        x = add("mlm_head.norm", "norm", (dense,), size, module="mlm_head.norm", other_ops=9 * size)
-        held = {"weight": "word.weight", "bias": "mlm_head.bias"}
-        add("mlm_head", "linear", (x,), vocab, weight=(vocab, size), parameters=held)
-    return listed

@@ -5,7 +5,8 @@ first dimension is the batch) that is passed in and returned, never kept in a mo
 neuron obeys are tested by :mod:`spiking_lm.testing`.
 
 What a model can do is in its ``capabilities``: ``lm`` (forward, step: causal), ``encode`` (encode), ``mlm``
-(predict_masked), ``classify`` (classify), ``clips`` (frames of events in place of tokens).
+(predict_masked), ``classify`` (classify), ``seq2seq`` (read, then forward and step from the state of a source;
+score_pairs), ``clips`` (frames of events in place of tokens).
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Encoding(NamedTuple):
     """L + 1 tensors ``(B, S, H)``: after the embedding, then after each layer."""
     scores: tuple[Tensor, ...]
     """L tensors ``(B, heads, S, S)``: scaled attention scores before the softmax; places that are masked, among them
-    every column of a padding token, are at most -100."""
+    every column of a padding token, are at most -100. None at all, ``()``, in a model without attention."""
     pooled: Tensor
     """``(B, H)``: what the classification head reads."""
     spikes: dict[str, Tensor] | None = None
@@ -94,6 +95,22 @@ class SpikingLanguageModel(nn.Module, ABC):
     @abstractmethod
     def graph(self) -> LMGraph:
         """Describe one token's computation as typed operations, for accounting and lowering."""
+
+    def read(self, source: Tensor, lengths: Tensor) -> State:
+        """Return the state before the first token of a target: right-padded ``source (B, S)``, true ``lengths (B,)``.
+
+        :meth:`forward` and :meth:`step` go on from it, as a causal model does from any state; without one they refuse.
+        What stands behind a row's length influences nothing. The state need not let gradients through.
+        """
+        raise self._cannot("reads no sources")
+
+    def score_pairs(self, source: Tensor, lengths: Tensor, target: Tensor, *, return_spikes: bool = False) -> LMOutput:
+        """Score ``target (B, N)`` after right-padded ``source (B, S)`` in one pass, as training needs it.
+
+        The same as ``forward(target, read(source, lengths))``, with gradients to every weight, and with the spikes of
+        the source too, ``(B, S, N)``.
+        """
+        raise self._cannot("reads no sources")
 
     def classify(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Return class logits ``(B, num_classes)`` for right-padded ``tokens (B, S)`` with true ``lengths (B,)``."""
@@ -222,19 +239,23 @@ def mean_over_steps(x: Tensor, lengths: Tensor) -> Tensor:
 
 def longest_text(model: SpikingLanguageModel) -> int | None:
     """Return how many tokens of a text a model reads at most; None where it reads on and on."""
-    return getattr(model.config, "ctx_len", None) if isinstance(model, SpikingEncoder) else None
+    bounded = isinstance(model, SpikingEncoder) or "seq2seq" in model.capabilities
+    return getattr(model.config, "ctx_len", None) if bounded else None
 
 
 def observe(model: SpikingLanguageModel, tokens: Tensor, lengths: Tensor | None = None) -> LMOutput | Encoding:
     """Run ``tokens (B, S)`` in the way that the model reads texts, and return what it gives, its spikes with it.
 
-    ``lengths (B,)`` are for encoders: None says that no row is padded.
+    ``lengths (B,)`` are for encoders: None says that no row is padded. A model of pairs reads each text as a source,
+    and as its own target.
     """
     if "lm" in model.capabilities:
         output: LMOutput = model(tokens, return_spikes=True)
         return output
     if lengths is None:
         lengths = torch.full((tokens.shape[0],), tokens.shape[1], device=tokens.device)
+    if "seq2seq" in model.capabilities:
+        return model.score_pairs(tokens, lengths, tokens, return_spikes=True)
     return model.encode(tokens, lengths, return_spikes=True)
 
 
