@@ -19,7 +19,7 @@ def spiking_lm_models(register: Register) -> None:
             factory="spiking_lm_spikegpt.model:SpikeGPT",
             importer="spiking_lm_spikegpt.reference:import_reference",
             paper="https://arxiv.org/abs/2302.13939",
-            capabilities=frozenset({"lm", "classify"}),
+            capabilities=frozenset({"lm", "encode", "classify"}),
         )
     )
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from spiking_lm import create_neuron
 from spiking_lm.errors import UsageError
 from spiking_lm.graph import LMGraph, Op
-from spiking_lm.interfaces import LMOutput, Neuron, SpikeSite, SpikingLanguageModel, State
+from spiking_lm.interfaces import Encoding, LMOutput, Neuron, SpikeSite, SpikingLanguageModel, State, mean_over_steps
 from spiking_lm.kernels import spike, wkv
 from spiking_lm_spikegpt.config import SpikeGPTConfig
 
@@ -75,6 +75,8 @@ class Watch:
     """Site name -> spikes ``(B, S, N)``."""
     silence: list[Tensor] | None = None
     """Per site, how far its channels stay below MIN_RATE: 0 none, 1 all are silent."""
+    hidden: list[Tensor] | None = None
+    """What goes into the first block, and what comes out of each, the last behind its LayerNorm; ``(T, B, C)``."""
 
 
 class Pass:
@@ -220,6 +222,7 @@ class Block(nn.Module):
 class SpikeGPT(SpikingLanguageModel):
     """The SpikeGPT language model; ``capabilities`` gain ``classify`` when ``num_classes`` is set."""
 
+    capabilities = frozenset({"lm", "encode"})
     config: SpikeGPTConfig
 
     def __init__(self, config: SpikeGPTConfig) -> None:
@@ -303,17 +306,32 @@ class SpikeGPT(SpikingLanguageModel):
             aux["l2wrap"] = 0.5e-4 * logits.float().amax(-1).square().mean()
         return LMOutput(logits, state, watch.spikes, aux)
 
+    def encode(self, tokens: Tensor, lengths: Tensor, *, return_spikes: bool = False) -> Encoding:
+        """Return the hidden states of right-padded ``tokens (B, S)`` with true ``lengths (B,)``; there are no scores.
+
+        A token's state has seen what precedes it alone.
+        """
+        watch = Watch({} if return_spikes else None, hidden=[])
+        x, _ = self._hidden(tokens, None, watch)
+        lengths = lengths.clamp(min=1)
+        if self.config.pool == "mean":
+            pooled = mean_over_steps(x.transpose(0, 1), lengths)
+        else:
+            pooled = x[lengths - 1, torch.arange(len(lengths), device=x.device)]
+        assert watch.hidden is not None
+        return Encoding(tuple(state.transpose(0, 1) for state in watch.hidden), (), pooled, watch.spikes)
+
     def classify(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Return class logits ``(B, num_classes)``; tokens past a row's length are ignored."""
         if self.config.num_classes is None:
             return super().classify(tokens, lengths)
-        x, _ = self._hidden(tokens, None, Watch())
-        position = torch.arange(x.shape[0], device=x.device)[:, None]
-        if self.config.pool == "mean":
-            weight = (position < lengths) / lengths
-        else:
-            weight = (position == lengths - 1).to(x.dtype)
-        return cast(Tensor, self.classify_head((x * weight[..., None]).sum(0)))
+        return self.classify_pooled(self.encode(tokens, lengths).pooled)
+
+    def classify_pooled(self, pooled: Tensor) -> Tensor:
+        """Return class logits for ``pooled (B, C)`` of :meth:`encode`."""
+        if self.config.num_classes is None:
+            return super().classify_pooled(pooled)
+        return cast(Tensor, self.classify_head(pooled))
 
     def _hidden(self, tokens: Tensor, state: State | None, watch: Watch) -> tuple[Tensor, State]:
         """Return what the heads read, ``(T, B, C)``, and the next state."""
@@ -331,9 +349,14 @@ class SpikeGPT(SpikingLanguageModel):
                 watch.spikes["embedding"] = x.transpose(0, 1)
         new_states = []
         for block, block_state in zip(self.blocks, state, strict=True):
+            if watch.hidden is not None:
+                watch.hidden.append(x)
             x, block_state = block(x, block_state, watch)
             new_states.append(block_state)
-        return self.ln_out(x), tuple(new_states)
+        x = self.ln_out(x)
+        if watch.hidden is not None:
+            watch.hidden.append(x)
+        return x, tuple(new_states)
 
     def spike_sites(self) -> list[SpikeSite]:
         graph = self.graph()

@@ -307,11 +307,18 @@ class Distiller:
         found: dict[str, Tensor] = {}
         needed = phase.representation or phase.attention or (phase.pooled and pooled is None)
         theirs = self.teacher.encode(inputs, lengths) if needed else None
-        layers = layer_pairs(len(ours.scores), len(theirs.scores)) if theirs is not None else ([], [])
+        depths = len(ours.hidden) - 1, len(theirs.hidden) - 1 if theirs is not None else 0
+        layers = layer_pairs(*depths) if theirs is not None else ([], [])
         if phase.representation and theirs is not None:
             states = [self.projections[0](state) for state in ours.hidden]
             found["representation"] = representation_loss(states, [theirs.hidden[i] for i in layers[0]])
         if phase.attention and theirs is not None:
+            if not (ours.scores and theirs.scores):
+                raise UsageError(
+                    f"{'the student' if not ours.scores else 'the teacher'} has no attention, and a phase of "
+                    "train.distill compares its scores",
+                    hint="leave out attention in train.distill.phases",
+                )
             found["attention"] = attention_loss(ours.scores, [theirs.scores[i] for i in layers[1]])
         if phase.pooled:
             target = pooled if theirs is None else theirs.pooled

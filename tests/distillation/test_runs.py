@@ -130,17 +130,28 @@ def test_what_cannot_be_learned_from_labels_is_said_at_once(labelled: Path, teac
     with pytest.raises(RecipeError, match=r"train.objective: \{type: masked\}: .* labelled examples"):
         recipe(labelled_data(labelled, path=str(teacher)), {"objective": {"type": "masked"}})
     phases = {"distill": {"phases": [INTERNAL]}}
-    spikegpt = {"type": "spikegpt", "n_layer": 1, "n_embd": 8}
-    with pytest.raises(RecipeError, match="'spikegpt' encodes no texts"):
-        resolve(
-            {
-                "schema": 1,
-                "name": "t",
-                "data": labelled_data(labelled, path=str(teacher)),
-                "model": spikegpt,
-                "train": {"steps": 1, "batch_size": 1, **phases},
-            }
-        )
+    document = {"schema": 1, "name": "t", "data": labelled_data(labelled, path=str(teacher))}
+    train = {"steps": 1, "batch_size": 1, **phases}
+    with pytest.raises(RecipeError, match="'egru' encodes no texts"):
+        resolve({**document, "model": {"type": "egru"}, "train": train})
+
+
+def test_a_causal_model_without_attention_learns_what_is_pooled_and_refuses_scores(
+    labelled: Path, teacher: Path
+) -> None:
+    def learn(phase: dict[str, float]) -> RunDir:
+        distill = {"teacher": str(teacher), "phases": [phase], "embedding": "pca"}
+        document = {"schema": 1, "name": "t", "data": labelled_data(labelled, path=str(teacher))}
+        document["model"] = {"type": "spikegpt", "n_layer": 2, "n_embd": 12, "dropout": 0.0}
+        document["train"] = {"steps": 30, "batch_size": 8, "seq_len": 12, "log_every": 1, "distill": distill}
+        document["train"]["optimizer"] = {"lr": 0.01}
+        return run_training(resolve(document))[0]
+
+    with pytest.raises(UsageError, match="the student has no attention"):
+        learn(INTERNAL)
+    seen = [entry for entry in learn({"representation": 1.0, "pooled": 1.0}).metrics() if entry["split"] == "train"]
+    for part in ("representation_loss", "pooled_loss"):
+        assert seen[-1][part] < 0.9 * seen[0][part]
 
 
 def test_an_encoder_generates_nothing_and_says_so_before_it_trains(tmp_path: Path) -> None:
