@@ -8,7 +8,7 @@ small products stay where they are, and so does everything where torch has no on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -64,26 +64,47 @@ def adder(weight: Tensor, rows: int) -> Callable[[Tensor, Tensor], Tensor]:
 
 def linear(x: Tensor, weight_t: Tensor, bias: Tensor) -> Tensor:
     """Return ``x (M, K) @ weight_t (K, N) + bias``, with gradients (which can be taken once)."""
-    if x.dtype == weight_t.dtype == bias.dtype and _fits(x.numel() * weight_t.shape[1], x):
-        y: Tensor = _Linear.apply(x, weight_t, bias)
-        return y
-    return torch.addmm(bias, x, weight_t)
+    (y,) = linears(x, (weight_t,), (bias,))
+    return y
 
 
-class _Linear(torch.autograd.Function):
+def linears(x: Tensor, weights_t: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return ``x (M, K) @ weight_t (K, N) + bias`` for each weight and bias, with gradients (which can be taken once).
+
+    What the products send back to ``x`` is added up within them.
+    """
+    alike = all(t.dtype == x.dtype for t in (*weights_t, *biases))
+    if alike and all(_fits(x.numel() * weight_t.shape[1], x) for weight_t in weights_t):
+        ys: tuple[Tensor, ...] = _Linears.apply(x, *weights_t, *biases)
+        return ys
+    return tuple(torch.addmm(bias, x, weight_t) for weight_t, bias in zip(weights_t, biases, strict=True))
+
+
+def _sum_of_products(xs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """Return the sum of ``x (M, K) @ weight (K, N)``; no gradient is recorded."""
+    total = product(xs[0], weights[0])
+    for x, weight in zip(xs[1:], weights[1:], strict=True):
+        total = torch.ops.mkldnn._linear_pointwise.binary(x, total, weight.t(), None, "add")
+    return total
+
+
+class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_t: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight_t)
-        return product(x, weight_t).add_(bias)
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        weights_t, biases = parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :]
+        ctx.save_for_backward(x, *weights_t)
+        operator = _onednn()
+        assert operator is not None
+        return tuple(operator(x, w.t(), b, "none", [], "") for w, b in zip(weights_t, biases, strict=True))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
-        (gy,) = grads
-        x, weight_t = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        x, *weights_t = ctx.saved_tensors
+        needs_x, *needs = ctx.needs_input_grad
+        n = len(weights_t)
         return (
-            product(gy, weight_t.t()) if needs_x else None,
-            product(x.t(), gy) if needs_weight else None,
-            gy.sum(0) if needs_bias else None,
+            _sum_of_products(grads, [w.t() for w in weights_t]) if needs_x else None,
+            *(product(x.t(), gy) if need else None for gy, need in zip(grads, needs[:n], strict=True)),
+            *(gy.sum(0) if need else None for gy, need in zip(grads, needs[n:], strict=True)),
         )
