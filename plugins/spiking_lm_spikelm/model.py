@@ -35,7 +35,7 @@ from spiking_lm.interfaces import (
     State,
     mean_over_steps,
 )
-from spiking_lm.kernels import products
+from spiking_lm.kernels import attention, products
 from spiking_lm.watch import check_range
 from spiking_lm.weights import QuantizedLinear, expect_packed
 from spiking_lm_spikelm.config import SpikeLMConfig, SpikeLMSizes
@@ -202,14 +202,11 @@ class Attention(nn.Module):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, record: Record | None = None) -> Tensor:
         """Return what queries ``(T, B, S, H)`` find in keys and values ``(T, B, heads, L, d)``: ``(T, B, S, H)``."""
         by_head = self._by_head(q)
-        scores = by_head @ k.transpose(-1, -2) / by_head.shape[-1] ** 0.5
-        if mask is not None:
-            scores = scores + mask
         if record is not None and record.scores is not None:
-            shown = scores if mask is None else scores.masked_fill(mask <= MASKED, MASKED)
-            record.scores.append(shown.mean(0))
-        y = self.dropout(scores.softmax(-1)) @ v
-        return cast(Tensor, y.transpose(2, 3).reshape(q.shape))
+            scores = by_head @ k.transpose(-1, -2) / by_head.shape[-1] ** 0.5
+            record.scores.append((scores if mask is None else scores.masked_fill(mask <= MASKED, MASKED)).mean(0))
+        y = attention(by_head, k, v, mask, self.dropout.mask((*by_head.shape[1:4], k.shape[3]), q))
+        return y.transpose(2, 3).reshape(q.shape)
 
     def _by_head(self, x: Tensor) -> Tensor:
         return x.reshape(*x.shape[:3], self.config.n_head, -1).transpose(2, 3)

@@ -117,6 +117,7 @@ def spiking_lm_kernels(register: Register) -> None:
         ("wkv", "torch_fast", "the RWKV-4 recurrence over time", "chunked, one or two operations per step"),
         ("egru_scan", "torch_egru", "event-based gated recurrent units over time", "one product per step"),
         ("elastic_scan", "torch_elastic", "elastic bi-spiking neurons over time", "all steps of a piece in the cache"),
+        ("attention", "torch_attention", "softmax attention in several steps", "head by head, in the cache"),
         ("gif_linear", "torch_gif", "products of integrate-and-fire counts", "salient channels apart, oneDNN products"),
     ):
         register(

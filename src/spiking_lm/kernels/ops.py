@@ -236,6 +236,32 @@ def elastic_scan(
     return spikes, carried
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+    """Mix values by attention in each of T steps: ``q (T, B, heads, S, d)``, ``k, v (T, B, heads, L, d)`` -> like q.
+
+    Per step and head, ``y = (softmax(q k^T / sqrt(d) + mask) keep) v``. ``mask (B or 1, 1, S or 1, L)`` holds 0 and
+    numbers far below it, ``keep (B, heads, S, L)`` what dropout multiplies with; both are the same in all steps.
+    Gradients reach q, k and v. Any strides will do, and heads that are columns of a wide matrix are best read in place;
+    the result lies in memory as ``(T, B, S, heads, d)``, ready for the next matrix.
+    """
+    if q.dim() != 5 or k.dim() != 5 or k.shape != v.shape or not q.dtype == k.dtype == v.dtype:
+        raise UsageError(
+            f"attention: q (T, B, heads, S, d), k and v (T, B, heads, L, d) must be of one dtype, not {q.dtype} "
+            f"{tuple(q.shape)}, {k.dtype} {tuple(k.shape)} and {v.dtype} {tuple(v.shape)}"
+        )
+    n_steps, batch, heads, length, size = q.shape
+    shape = batch, heads, length, k.shape[3]
+    if (n_steps, batch, heads, size) != (*k.shape[:3], k.shape[4]):
+        raise UsageError(f"attention: k {tuple(k.shape)} does not fit q {tuple(q.shape)}: only the length may differ")
+    masks = [(b, 1, s, shape[3]) for b in (batch, 1) for s in (length, 1)]
+    if mask is not None and mask.shape not in masks:
+        raise UsageError(f"attention: mask has shape {tuple(mask.shape)}, which is none of {masks}")
+    if keep is not None and keep.shape != shape:
+        raise UsageError(f"attention: keep has shape {tuple(keep.shape)}, not {shape}")
+    y: Tensor = call("attention", q, k, v, mask, keep)
+    return y
+
+
 def gif_linear(
     x: Tensor,
     weight: Tensor,

@@ -307,3 +307,11 @@ def elastic_scan(
         r = (a.detach() - emitted) * beta * m
         spikes.append(s)
     return _stack(spikes, 0, x).to(x.dtype), r if final else None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+    """Mix values by attention; see :func:`spiking_lm.kernels.attention`."""
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    weights = (scores if mask is None else scores + mask).softmax(-1)
+    y: Tensor = (weights if keep is None else weights * keep) @ v
+    return y.transpose(2, 3).contiguous().transpose(2, 3)
