@@ -219,6 +219,11 @@ def test_classification_run(run_dir: Path) -> None:
     page = report(run_dir)
     assert "81.2 % accuracy on text of the test split." in page.text
     assert "loss (nats)" in page.text
+    evaluation |= {"baseline_unit": "accuracy", "baselines": {"tf-idf": 0.79}}
+    (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
+    page = report(run_dir)
+    assert "81.2 % accuracy on texts of the test split: 2.2 points above a bag of words (tf-idf, 79.0%)." in page.text
+    assert "Accuracy; longer is better." in page.text
 
 
 def test_tall_and_many_sited_rasters(run_dir: Path) -> None:

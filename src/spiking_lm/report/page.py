@@ -282,6 +282,37 @@ def _cards(view: Mapping[str, Any]) -> list[dict[str, str]]:
     return cards
 
 
+_COUNTED: dict[str, tuple[str, Any, str]] = {
+    "text": (
+        "the best n-gram",
+        min,
+        "shorter is better. The n-grams are interpolated, counted on the same training text and scored on the same "
+        "tokens.",
+    ),
+    "accuracy": (
+        "a bag of words",
+        max,
+        "longer is better. The bag of words was fitted to the same training texts and scored on the same ones.",
+    ),
+}
+"""What a run is compared with, which of several is the best, and what the bars show."""
+
+
+def _bars(values: dict[str, float], metric: str, unit: str) -> list[dict[str, Any]]:
+    """Return one bar per name, sorted; its width in percent of the widest."""
+
+    def text(value: float) -> str:
+        if unit == "accuracy":
+            return tables.metric_value(metric, value)
+        return f"{value:.{3 if unit == 'bits per byte' else 1}f}"
+
+    widest = max(values.values()) or 1.0
+    return [
+        {"name": name, "value": text(value), "width": round(100 * value / widest, 2), "own": name == "this model"}
+        for name, value in sorted(values.items(), key=lambda item: item[1])
+    ]
+
+
 def _score(run: Collected) -> dict[str, Any] | None:
     if run.evaluation is None:
         return None
@@ -292,20 +323,18 @@ def _score(run: Collected) -> dict[str, Any] | None:
     if first is None:
         return None
     baselines, unit = baselines_of(run), baseline_unit(run)
-    bars, compare = [], ""
+    bars: list[dict[str, Any]] = []
+    compare = caption = ""
     if first == unit.replace(" ", "_") and baselines:
-        rows = sorted(
-            [("this model", metrics[first], True), *((n, b, False) for n, b in baselines.items())], key=lambda r: r[1]
-        )
-        widest, digits = max(value for _, value, _ in rows), 3 if unit == "bits per byte" else 1
-        bars = [
-            {"name": n, "value": f"{b:.{digits}f}", "width": round(100 * b / widest, 2), "own": own}
-            for n, b, own in rows
-        ]
-        best, value = min(baselines.items(), key=lambda item: item[1])
-        gap, digits = metrics[first] - value, digits - 1
-        side = "below" if gap < 0 else "above"
-        compare = f"{abs(gap):.{digits}f} {side} the best n-gram ({best}, {value:.{digits}f})"
+        bars = _bars({"this model": metrics[first], **baselines}, first, unit)
+        counted, better, caption = _COUNTED["accuracy" if unit == "accuracy" else "text"]
+        best, value = better(baselines.items(), key=lambda item: item[1])
+        gap, side = metrics[first] - value, "below" if metrics[first] < value else "above"
+        if unit == "accuracy":
+            compare = f"{100 * abs(gap):.1f} points {side} {counted} ({best}, {value:.1%})"
+        else:
+            digits = 2 if unit == "bits per byte" else 0
+            compare = f"{abs(gap):.{digits}f} {side} {counted} ({best}, {value:.{digits}f})"
     shown = [(tables.metric_name(name), tables.metric_value(name, value)) for name, value in metrics.items()]
     if shuffled := run.evaluation.get("shuffled"):
         shown.append(
@@ -321,6 +350,7 @@ def _score(run: Collected) -> dict[str, Any] | None:
         "compare": compare,
         "unit": unit,
         "bars": bars,
+        "caption": caption,
         "metrics": shown,
     }
 
