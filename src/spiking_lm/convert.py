@@ -211,8 +211,24 @@ def _recognise(source: Path, to: str | None) -> tuple[registry.Registered | None
         raise UsageError(f"{source}: {' and '.join(names)} can convert it", hint=f"choose one: --to {names[0]}")
     if source.is_dir():
         known = ", ".join(converters) or "none is registered"
-        raise DataError(f"{source}: no converter recognises this folder", hint=f"converters: {known}")
+        kind = _model_type(source)
+        if to is None:
+            raise DataError(f"{source}: no converter recognises this folder{kind}", hint=f"converters: {known}")
+        others = [name for name, entry in converters.items() if _sniffs(entry, source)]
+        raise DataError(
+            f"{source}: {to!r} does not convert this folder{kind}",
+            hint=f"--to {others[0]} does" if others else f"converters: {known}",
+        )
     return (None if to is None else converters[to]), True
+
+
+def _model_type(folder: Path) -> str:
+    """Return what a folder says about its model, for a message."""
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return f", whose config.json says model_type {kind!r}"
 
 
 def _recognise_tensors(source: Path, tensors: dict[str, Tensor]) -> registry.Registered:

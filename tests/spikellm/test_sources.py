@@ -438,10 +438,16 @@ def test_convert_without_a_tokenizer_says_what_to_do(broken: Path, bpe: Any, tmp
     assert data.load_tokenizer(tmp_path / "out").encode(TEXT).tolist() == bpe.encode(TEXT).tolist()
 
 
+def test_a_folder_given_to_the_wrong_converter_names_the_right_one(broken: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"'spikelm' does not convert this folder, .* model_type 'llama'") as caught:
+        convert(broken, tmp_path / "out", to="spikelm")
+    assert caught.value.hint == "--to spikellm does"
+
+
 def test_folders_of_other_kinds_are_left_to_others(broken: Path, tmp_path: Path) -> None:
     config = json.loads((broken / "config.json").read_text(encoding="utf-8"))
     (broken / "config.json").write_text(json.dumps({**config, "architectures": ["BertModel"]}), encoding="utf-8")
-    with pytest.raises(DataError, match="no converter recognises this folder"):
+    with pytest.raises(DataError, match=r"no converter recognises this folder, whose .* model_type 'llama'"):
         convert(broken, tmp_path / "out")
 
 
