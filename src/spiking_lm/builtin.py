@@ -60,6 +60,20 @@ def spiking_lm_datasets(register: Register) -> None:
                 summary=summary,
             )
         )
+    for name, config, factory, summary in (
+        ("pairs", "PairsConfig", "pairs:pairs", "your own pairs: source and target, .jsonl or .tsv"),
+        ("austen-conlang", "EmbeddedConfig", "made_pairs:conlang", "Austen's sentences in a language made by rules"),
+        ("austen-telegram", "EmbeddedConfig", "made_pairs:telegram", "Austen's sentences without function words"),
+    ):
+        register(
+            DatasetSpec(
+                name=name,
+                config=f"spiking_lm.data.configs:{config}",
+                factory=f"spiking_lm.data.{factory}",
+                task="pairs",
+                summary=summary,
+            )
+        )
 
 
 @hookimpl

@@ -28,9 +28,7 @@ from spiking_lm.runs import run_recipe
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from spiking_lm.data import ClipData, LabelledData, TextData
-
-    Data = TextData | LabelledData | ClipData
+    from spiking_lm.data import Data
 
 THIS_RUN = "this run"
 """What results call the run that compares; no variant can be named so."""

@@ -19,7 +19,7 @@ from spiking_lm.recipe import Recipe, split_choice
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from spiking_lm.data import ClipData, LabelledData, TextData
+    from spiking_lm.data import Data
     from spiking_lm.interfaces import SpikingLanguageModel
     from spiking_lm.rundir import RunDir
 
@@ -27,9 +27,7 @@ _TOKENS_PER_CALL = 256
 """Of the float model, which is fed as a program is: one stream, the state carried on."""
 
 
-def deploy(
-    run: RunDir, recipe: Recipe, model: SpikingLanguageModel, data: TextData | LabelledData | ClipData
-) -> dict[str, Any]:
+def deploy(run: RunDir, recipe: Recipe, model: SpikingLanguageModel, data: Data) -> dict[str, Any]:
     """Lower ``model`` as ``recipe.deploy`` says, save the program as ``<run>/program``, run it and the model.
 
     Returns the JSON-able account: what :func:`run_program` gives, the model's perplexity on the very same tokens, and

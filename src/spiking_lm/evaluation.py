@@ -33,7 +33,7 @@ from rich.table import Table
 from rich.text import Text
 
 from spiking_lm import registry
-from spiking_lm.data import ClipData, LabelledData, TextData
+from spiking_lm.data import ClipData, Data, LabelledData, PairData, TextData
 from spiking_lm.data.masking import HiddenTokens
 from spiking_lm.errors import DataError, UsageError
 from spiking_lm.generation import evaluating
@@ -60,7 +60,7 @@ class Scores:
     """What a metric sees: one entry per counted token or example."""
 
     task: str
-    """``"text"``, ``"masked"`` (hidden tokens of a text) or ``"classification"``."""
+    """``"text"``, ``"masked"`` (hidden tokens of a text), ``"pairs"`` (tokens of targets) or ``"classification"``."""
     nll: NDArray[np.float64]
     """Negative log-likelihood in nats of what was there."""
     target: NDArray[np.int64]
@@ -130,9 +130,7 @@ class Activity:
         }
 
 
-def evaluate(
-    model: SpikingLanguageModel, data: TextData | LabelledData | ClipData, config: EvaluateConfig
-) -> dict[str, Any]:
+def evaluate(model: SpikingLanguageModel, data: Data, config: EvaluateConfig) -> dict[str, Any]:
     """Score ``model`` on a split; return a JSON-able dict with ``metrics`` and ``protocol``.
 
     For text, clips and encoders also ``activity``, the event rates of a model that has spike sites, measured on what is
@@ -143,6 +141,10 @@ def evaluate(
     Raises DataError for a split that is empty or too short, UsageError for shuffling what is no text, UnknownNameError
     for an unknown metric.
     """
+    if isinstance(data, PairData):
+        from spiking_lm.sequences import evaluate_pairs
+
+        return evaluate_pairs(model, data, config)
     activity = Activity()
     also: dict[str, float] = {}
     causal = isinstance(data, TextData) and "lm" in model.capabilities

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from spiking_lm.errors import UsageError
-from spiking_lm.interfaces import SpikingLanguageModel, State
+from spiking_lm.interfaces import SpikingLanguageModel, State, longest_text
 from spiking_lm.stages import GenerateConfig
 
 if TYPE_CHECKING:
@@ -90,16 +91,18 @@ def generate(
     top_p: float = 1.0,
     seed: int | None = None,
     stream: Callable[[Tensor], None] | None = None,
+    state: State | None = None,
 ) -> Tensor:
     """Continue ``prompt_ids`` ``(S,)`` or ``(B, S)`` by ``max_new_tokens``; return prompt and continuation together.
 
+    ``state`` is what went before the prompt, for instance ``model.read(source, lengths)``; None: nothing.
     ``stream`` is called with each new token (``()`` or ``(B,)``) as it is drawn. Same seed, same text.
     Raises UsageError for an empty prompt.
     """
     prompt = torch.as_tensor(prompt_ids, dtype=torch.long, device=next(model.parameters()).device)
     single = prompt.ndim == 1
     batch = prompt[None] if single else prompt
-    tokens = iterate(model, batch, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    tokens = iterate(model, batch, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, state=state)
     new: list[Tensor] = []
     while len(new) < max_new_tokens:
         token, _ = next(tokens)
@@ -108,6 +111,27 @@ def generate(
             stream(token[0] if single else token)
     full = torch.cat([batch, torch.stack(new, 1)], 1) if new else batch
     return full[0] if single else full
+
+
+def write_targets(
+    model: SpikingLanguageModel, source: Tensor, lengths: Tensor, end: int, max_new_tokens: int
+) -> list[list[int]]:
+    """Return what a model of pairs writes for each row of right-padded ``source (B, S)``, the likeliest tokens.
+
+    A target begins behind the token ``end`` and stops before the next one, or after ``max_new_tokens``.
+    """
+    with evaluating(model):
+        state = model.read(source, lengths)
+    begin = torch.full((len(source), 1), end, device=source.device)
+    new: list[Tensor] = []
+    ended = torch.zeros(len(source), dtype=torch.bool, device=source.device)
+    for token, _ in itertools.islice(iterate(model, begin, temperature=0, state=state), max_new_tokens):
+        new.append(token)
+        ended |= token == end
+        if bool(ended.all()):
+            break
+    rows = torch.stack(new, 1).tolist()
+    return [row[: row.index(end)] if end in row else row for row in rows]
 
 
 @dataclass(frozen=True)
@@ -131,31 +155,59 @@ def sample_text(
     """Continue ``config.prompt`` as text; ``stream`` receives each piece of text as soon as it is complete.
 
     A stop string ends the text and is not part of it; text that could still become one is held back from ``stream``.
+    To a model of pairs the prompt is a source, and what it writes is the target, which ends where the model ends it.
     """
     from spiking_lm.data import stream_decoder
 
-    prompt = torch.as_tensor(tokenizer.encode(config.prompt).astype("int64"))[None]
+    state, end = None, None
+    if "seq2seq" in model.capabilities:
+        state, end = _read(model, tokenizer, config.prompt)
+        prompt = torch.tensor([[end]])
+    else:
+        prompt = torch.as_tensor(tokenizer.encode(config.prompt).astype("int64"))[None]
     tokens = iterate(
-        model, prompt, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed
+        model,
+        prompt,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        seed=config.seed,
+        state=state,
     )
-    decoder = stream_decoder(tokenizer, prompt[0].tolist())
+    decoder = stream_decoder(tokenizer, [] if end is not None else prompt[0].tolist())
+    bound = longest_text(model) if end is not None else None
+    most = min(config.max_new_tokens, bound or config.max_new_tokens)
     stops = [stop for stop in config.stop if stop]
     longest = max((len(stop) for stop in stops), default=0)
     text, shown, count, stopped_by = "", 0, 0, None
     start = time.perf_counter()
-    while count < config.max_new_tokens and stopped_by is None:
+    last = False
+    while not last and stopped_by is None:
         token, _ = next(tokens)
-        count += 1
-        text += decoder.feed([int(token)])
-        if count == config.max_new_tokens:
+        ended = int(token) == end
+        count += not ended
+        last = ended or count == most
+        if not ended:
+            text += decoder.feed([int(token)])
+        if last:
             text += decoder.flush()
         found = [(text.find(stop), stop) for stop in stops if stop in text]
         if found:
             cut, stopped_by = min(found)
             text = text[:cut]
-        safe = len(text) if stopped_by or count == config.max_new_tokens else max(shown, len(text) - longest + 1)
+        safe = len(text) if stopped_by or last else max(shown, len(text) - longest + 1)
         safe = safe if longest else len(text)
         if stream is not None and safe > shown:
             stream(text[shown:safe])
             shown = safe
     return GenerationResult(text, count, count / max(time.perf_counter() - start, 1e-9), stopped_by)
+
+
+def _read(model: SpikingLanguageModel, tokenizer: Tokenizer, source: str) -> tuple[State, int]:
+    """Return the state of a model of pairs that has read a source, and the token that its target begins with."""
+    from spiking_lm.data.pairs import encode_source, end_token
+
+    ids = torch.as_tensor(encode_source(tokenizer, source.strip()).astype("int64"))[None]
+    ids = ids.to(next(model.parameters()).device)
+    with evaluating(model):
+        return model.read(ids, torch.tensor([ids.shape[1]], device=ids.device)), end_token(tokenizer)

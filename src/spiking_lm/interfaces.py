@@ -100,7 +100,8 @@ class SpikingLanguageModel(nn.Module, ABC):
         """Return the state before the first token of a target: right-padded ``source (B, S)``, true ``lengths (B,)``.
 
         :meth:`forward` and :meth:`step` go on from it, as a causal model does from any state; without one they refuse.
-        What stands behind a row's length influences nothing. The state need not let gradients through.
+        What stands behind a row's length influences nothing. The state need not let gradients through, and the spikes
+        that :meth:`forward` returns are those of the target's sites.
         """
         raise self._cannot("reads no sources")
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from spiking_lm.data import ClipData, LabelledData, TextData
+from spiking_lm.data import ClipData, Data, LabelledData, PairData, TextData
 from spiking_lm.data.masking import HiddenTokens
 from spiking_lm.data.sampling import Stream, epoch_order, gather, sample_offsets
 from spiking_lm.errors import ConfigError, UsageError
@@ -42,13 +42,17 @@ Output = LMOutput | Encoding
 """What the model gave, for those who watch its spikes."""
 
 
-def objective_for(
-    model: SpikingLanguageModel, data: TextData | LabelledData | ClipData, config: TrainConfig, seed: int
-) -> Objective:
+def objective_for(model: SpikingLanguageModel, data: Data, config: TrainConfig, seed: int) -> Objective:
     """Return what ``config`` trains ``model`` for on ``data``.
 
     Raises: UsageError for a model that cannot do it, ConfigError for data that it cannot be done with.
     """
+    if isinstance(data, PairData):
+        from spiking_lm.sequences import Pairs
+
+        if config.distill is not None:
+            raise ConfigError(f"train.distill: {data.name!r} holds pairs, which no teacher knows", hint="leave it out")
+        return Pairs(model, data, config, seed)
     if config.distill is not None:
         from spiking_lm.distillation import DistilledLabels, DistilledText
 

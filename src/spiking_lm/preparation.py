@@ -18,13 +18,13 @@ from spiking_lm.sealed import SUMS
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from spiking_lm.data import ClipData, LabelledData, TextData
+    from spiking_lm.data import Data
     from spiking_lm.interfaces import SpikingLanguageModel
 
 log = logging.getLogger(__name__)
 
 
-def data_of(recipe: Recipe, console: Console) -> TextData | LabelledData | ClipData:
+def data_of(recipe: Recipe, console: Console) -> Data:
     """Load the data of a recipe; the tokens of one that converts a model are those of that model.
 
     The same holds for the tokenizer ``{type: model}`` without a path: it is that of the model that training starts
@@ -80,7 +80,7 @@ def source_of(recipe: Recipe) -> Path:
     return path
 
 
-def load_data(config: dict[str, Any], console: Console) -> TextData | LabelledData | ClipData:
+def load_data(config: dict[str, Any], console: Console) -> Data:
     """Load what a recipe's ``data`` describes, with a progress bar where tokenizing takes long."""
     from rich.progress import Progress
 
@@ -97,7 +97,7 @@ def load_data(config: dict[str, Any], console: Console) -> TextData | LabelledDa
         return data.load(config, progress=show)
 
 
-def build_model(recipe: Recipe, data: TextData | LabelledData | ClipData) -> SpikingLanguageModel:
+def build_model(recipe: Recipe, data: Data) -> SpikingLanguageModel:
     """Build the model of a recipe, sized by the data: weights drawn from its seed, or those it says it starts from.
 
     Raises: RecipeError when the recipe gives a ``vocab_size``, ``num_classes`` or ``frame_shape`` that the data
@@ -126,7 +126,7 @@ def build_model(recipe: Recipe, data: TextData | LabelledData | ClipData) -> Spi
     return model
 
 
-def _start(model: SpikingLanguageModel, path: str, data: TextData | LabelledData | ClipData) -> None:
+def _start(model: SpikingLanguageModel, path: str, data: Data) -> None:
     """Give ``model`` the weights of another wherever names and shapes agree, and say in the log what it lacks.
 
     Raises: DataError when that one reads other tokens, CheckpointError when most of its weights do not fit.
@@ -175,9 +175,14 @@ def identity(path: str) -> dict[str, str]:
     return {"path": str(folder), "sha256": sha256_file(folder / SUMS)}
 
 
-def sample_tokens(data: TextData | LabelledData | ClipData, split: str, n: int) -> Any:
-    """Return the first ``n`` token ids ``(n,)`` of a split, fewer when it is shorter; examples are strung together."""
+def sample_tokens(data: Data, split: str, n: int) -> Any:
+    """Return the first ``n`` token ids ``(n,)`` of a split, fewer when it is shorter; examples are strung together.
+
+    Of pairs they are the sources'.
+    """
     import numpy as np
+
+    from spiking_lm.data import PairData
 
     if data.tokenizer is None:
         raise UsageError(f"the dataset {data.name!r} holds clips of events, and no tokens")
@@ -188,5 +193,6 @@ def sample_tokens(data: TextData | LabelledData | ClipData, split: str, n: int) 
     for example in part:
         if sum(map(len, pieces)) >= n:
             break
-        pieces.append(data.tokenizer.encode(example.text).astype(np.int64))
+        tokens = example.source if isinstance(data, PairData) else data.tokenizer.encode(example.text)
+        pieces.append(tokens.astype(np.int64))
     return np.concatenate(pieces)[:n] if pieces else np.zeros(0, np.int64)

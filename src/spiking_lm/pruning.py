@@ -28,7 +28,7 @@ from spiking_lm.training import train
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from spiking_lm.data import ClipData, LabelledData, TextData
+    from spiking_lm.data import Data
 
 Scope = Literal["uniform", "global"]
 
@@ -99,7 +99,7 @@ def prune(
     run: RunDir,
     recipe: Recipe,
     model: SpikingLanguageModel,
-    data: TextData | LabelledData | ClipData,
+    data: Data,
     *,
     resume_from: Path,
     console: Console,

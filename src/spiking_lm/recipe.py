@@ -11,7 +11,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, cast, get_args, get_origin
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_validator
 
@@ -339,6 +339,14 @@ def _check_task(recipe: Recipe, where: str) -> None:
     if clips != ("clips" in registry.get("models", model).spec.capabilities):
         has, reads = ("clips of events", "tokens") if clips else ("text", "clips of events")
         raise RecipeError(f"{where}: the model {model!r} reads {reads}, but the dataset {data!r} holds {has}")
+    can = registry.get("models", model).spec.capabilities
+    if _task_of(data) == "pairs" and "seq2seq" not in can:
+        raise RecipeError(
+            f"{where}: the model {model!r} writes nothing from a source, and the dataset {data!r} holds pairs",
+            hint="spikelm-seq2seq does",
+        )
+    if _task_of(data) != "pairs" and can == {"seq2seq"}:
+        raise RecipeError(f"{where}: the model {model!r} learns from pairs, and the dataset {data!r} holds none")
     stages = [stage for stage in _TEXT_STAGES if clips and getattr(recipe, stage) is not None]
     if clips and recipe.compare is not None and recipe.compare.spikes:
         stages.append("compare.spikes")
@@ -358,10 +366,10 @@ def _check_learning(recipe: Recipe, where: str) -> None:
     wrong = {
         "objective: {type: masked}": train.objective.type == "masked" and not text,
         "label_smoothing": train.label_smoothing > 0 and text,
-        "distill": train.distill is not None and _holds_clips(data),
+        "distill": train.distill is not None and _task_of(data) in ("clips", "pairs"),
     }
     for field in (field for field, present in wrong.items() if present):
-        has = "running text" if text else "labelled examples"
+        has = "running text" if text else "pairs" if _task_of(data) == "pairs" else "labelled examples"
         raise RecipeError(f"{where}: train.{field}: the dataset {data!r} holds {has}", hint="leave it out")
     can = registry.get("models", model).spec.capabilities
     if train.distill is not None and "encode" not in can:
@@ -377,8 +385,13 @@ def _check_learning(recipe: Recipe, where: str) -> None:
 
 def _holds_clips(dataset: Any) -> bool:
     """Say whether a dataset holds clips of events, which have no tokenizer."""
+    return _task_of(dataset) == "clips"
+
+
+def _task_of(dataset: Any) -> str | None:
+    """Return what a dataset holds; None for one that is not registered."""
     entry = registry.all("datasets").get(str(dataset))
-    return entry is not None and entry.spec.task == "clips"
+    return None if entry is None else cast(str, entry.spec.task)
 
 
 def _check_data(data: dict[str, Any], where: str) -> dict[str, Any]:

@@ -64,8 +64,8 @@ class ModelSpec(Record):
     """``f(state_dict, **config) -> model`` for the paper's own state-dict keys."""
     paper: str = ""
     capabilities: frozenset[str] = frozenset({"lm"})
-    """What it can do in some configuration: any of ``lm`` (causal), ``encode``, ``mlm``, ``classify``; or ``clips``,
-    for frames of events instead of text."""
+    """What it can do in some configuration: any of ``lm`` (causal), ``encode``, ``mlm``, ``classify``, ``seq2seq``; or
+    ``clips``, for frames of events instead of text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +123,7 @@ class DatasetSpec(Record):
     config: str
     """A :class:`spiking_lm.config.DatasetConfig` subclass."""
     factory: str
-    task: Literal["text", "classification", "clips"] = "text"
+    task: Literal["text", "classification", "pairs", "clips"] = "text"
 
 
 @dataclass(frozen=True, kw_only=True)

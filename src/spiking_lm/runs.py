@@ -235,7 +235,7 @@ class _Stages:
     def _check_later_stages(self) -> None:
         """Say what a later stage will refuse before hours are spent on the model."""
         recipe, stages = self.recipe, self.run.manifest["stages"]
-        if recipe.generate is not None and "lm" not in self.model.capabilities:
+        if recipe.generate is not None and not {"lm", "seq2seq"} & self.model.capabilities:
             raise UsageError(f"generate: this {recipe.model['type']} model says nothing about what comes next")
         if recipe.prune is not None:
             from spiking_lm.pruning import prunable
@@ -306,11 +306,12 @@ class _Stages:
         config = self.recipe.generate
         assert config is not None
         self.console.rule("a sample")
-        self._show_piece(config.prompt)
+        prompt = config.prompt + ("\n" if "seq2seq" in self.model.capabilities else "")  # a target stands by itself
+        self._show_piece(prompt)
         sample = sample_text(self.model, self.data.tokenizer, config, stream=self._show_piece)
         self.console.print()
         self.console.rule()
-        atomic_write(self.run.path / "samples.txt", config.prompt + sample.text + "\n")
+        atomic_write(self.run.path / "samples.txt", prompt + sample.text + "\n")
 
     def _show_piece(self, piece: str) -> None:
         safe = re.sub(
@@ -324,7 +325,8 @@ class _Stages:
         assert self.recipe.explain is not None
         split = self._split()
         tokens = sample_tokens(self.data, split, self.recipe.explain.tokens)
-        explanation = explain(self.model, tokens, sample=f"{len(tokens):,} tokens of the {split} split")
+        both = " sources, each read and written" if "seq2seq" in self.model.capabilities else ""
+        explanation = explain(self.model, tokens, sample=f"{len(tokens):,} tokens of the {split} split{both}")
         self.run.write_json("explanation.json", explanation.to_dict())
         self.console.print(explanation.render())
 

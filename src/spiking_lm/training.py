@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from spiking_lm.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
-from spiking_lm.data import ClipData, LabelledData, TextData
+from spiking_lm.data import Data
 from spiking_lm.errors import DivergedError, InterruptedRunError
 from spiking_lm.interfaces import LMOutput, SpikingLanguageModel
 from spiking_lm.objectives import Objective, Output, objective_for
@@ -67,7 +67,7 @@ def train(
     run: RunDir,
     recipe: Recipe,
     model: SpikingLanguageModel,
-    data: TextData | LabelledData | ClipData,
+    data: Data,
     *,
     resume_from: Path | None = None,
     console: Console | None = None,

@@ -1,4 +1,4 @@
-"""``spiking-lm generate``: text from a model."""
+"""``spiking-lm generate``: text from a model, or the target of a source."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import typer
 
 MODEL = typer.Argument(..., metavar="MODEL", help="A run directory, a checkpoint or a model folder.")
 MAX_TOKENS = typer.Option(300, "--max-tokens", min=1, help="Most tokens to write.")
-TEMPERATURE = typer.Option(0.8, "--temperature", min=0.0, help="0 always takes the likeliest token.")
+DEFAULT_TEMPERATURE = 0.8
+TEMPERATURE = typer.Option(DEFAULT_TEMPERATURE, "--temperature", min=0.0, help="0 always takes the likeliest token.")
 TOP_K = typer.Option(None, "--top-k", min=1, help="Choose among the so many likeliest tokens.")
 TOP_P = typer.Option(1.0, "--top-p", min=0.0, max=1.0, help="Choose among the likeliest tokens of so much probability.")
 SEED = typer.Option(0, "--seed", min=0, help="Same seed, same text.")
@@ -22,9 +23,16 @@ _STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 def command(
     model: Path = MODEL,
-    prompt: str = typer.Option("\n", "--prompt", help="The text to go on from; '-' reads it from standard input."),
+    prompt: str = typer.Option(
+        "\n", "--prompt", help="The text to go on from, or the source; '-' reads it from standard input."
+    ),
     max_tokens: int = MAX_TOKENS,
-    temperature: float = TEMPERATURE,
+    temperature: float | None = typer.Option(
+        None,
+        "--temperature",
+        min=0.0,
+        help="0 always takes the likeliest token. Default: 0.8, and 0 for the target of a source.",
+    ),
     top_k: int | None = TOP_K,
     top_p: float = TOP_P,
     seed: int = SEED,
@@ -41,6 +49,10 @@ def command(
 
     if prompt == "-":
         prompt = sys.stdin.read()
+    network, tokenizer = load_model_and_tokenizer(model)
+    from_source = "seq2seq" in network.capabilities
+    if temperature is None:
+        temperature = 0.0 if from_source else DEFAULT_TEMPERATURE
     values = {
         "prompt": prompt,
         "max_new_tokens": max_tokens,
@@ -51,18 +63,22 @@ def command(
         "stop": stop,
     }
     config = parse_config(GenerateConfig, values, where="generate", error=UsageError)
-    network, tokenizer = load_model_and_tokenizer(model)
+
+    def spikes_of(written: str) -> float:
+        """Of a model of pairs: while the source is read and written, per token of both sides."""
+        return spikes_per_token(network, tokenizer, prompt if from_source else prompt + written)
+
     if json:
         sample = sample_text(network, tokenizer, config)
-        spikes = spikes_per_token(network, tokenizer, prompt + sample.text)
+        spikes = spikes_of(sample.text)
         print_json({"prompt": prompt, **vars(sample), "spikes_per_token": spikes})
         return
-    if prompt.strip():
+    if prompt.strip() and not from_source:
         write(prompt)
     sample = sample_text(network, tokenizer, config, stream=write)
     write("\n")
     if stats:
-        spikes = spikes_per_token(network, tokenizer, prompt + sample.text)
+        spikes = spikes_of(sample.text)
         typer.echo(
             f"{sample.tokens} tokens, {sample.tokens_per_s:,.1f} tokens/s, {spikes:,.1f} spikes per token", err=True
         )
@@ -104,10 +120,11 @@ def spikes_per_token(model: Any, tokenizer: Any, text: str) -> float:
     import torch
 
     from spiking_lm.generation import evaluating
+    from spiking_lm.interfaces import observe
 
     tokens = torch.from_numpy(tokenizer.encode(text).astype("int64"))[None]
     with evaluating(model):
-        spikes = model(tokens, return_spikes=True).spikes or {}
+        spikes = observe(model, tokens).spikes or {}
     return sum(float((s != 0).sum()) for s in spikes.values()) / tokens.shape[1]
 
 

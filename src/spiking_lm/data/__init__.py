@@ -1,4 +1,4 @@
-"""Text, labelled sets, clips, tokenizers and token files. Importing this imports neither torch nor ``tokenizers``."""
+"""Texts, labelled sets, pairs, clips, tokenizers, token files. Importing it imports no torch and no ``tokenizers``."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ import numpy as np
 
 from spiking_lm.config import parse_config
 from spiking_lm.data.clips import Clip, ClipData
+from spiking_lm.data.pairs import EncodedPair, PairData, encode_pairs
 from spiking_lm.data.sampling import epoch_order, gather, pad_batch, sample_offsets
 from spiking_lm.data.sets import (
     SPLITS,
     Example,
     LabelledCorpus,
     LabelledData,
+    Pair,
+    PairCorpus,
     TextCorpus,
     TextData,
     TokenCorpus,
@@ -39,9 +42,14 @@ from spiking_lm.errors import ConfigError, DataError, PluginError
 __all__ = [
     "Clip",
     "ClipData",
+    "Data",
+    "EncodedPair",
     "Example",
     "LabelledCorpus",
     "LabelledData",
+    "Pair",
+    "PairCorpus",
+    "PairData",
     "StreamDecoder",
     "TextCorpus",
     "TextData",
@@ -62,9 +70,11 @@ __all__ = [
 ]
 
 
-def load(
-    config: dict[str, Any], *, cache_dir: Path | None = None, progress: Progress | None = None
-) -> TextData | LabelledData | ClipData:
+Data = TextData | LabelledData | PairData | ClipData
+"""What a recipe's ``data`` can be."""
+
+
+def load(config: dict[str, Any], *, cache_dir: Path | None = None, progress: Progress | None = None) -> Data:
     """Load a dataset as a recipe's ``data`` mapping describes it: ``type``, its options, and for text ``tokenizer``.
 
     Parameters: ``progress`` is called with (bytes done, bytes in all) while a large text is tokenized.
@@ -89,12 +99,14 @@ def load(
         return dataclasses.replace(corpus, name=name)
     if isinstance(corpus, LabelledCorpus):
         return _load_labelled(name, corpus, choice)
+    if isinstance(corpus, PairCorpus):
+        return encode_pairs(name, corpus, choice)
     if isinstance(corpus, TokenCorpus):
         return _load_tokens(name, corpus, choice, given="tokenizer" in config)
     if not isinstance(corpus, TextCorpus):
         raise PluginError(
             f"dataset {name!r} returned a {type(corpus).__name__}",
-            hint="its factory returns a TextCorpus, a TokenCorpus, a LabelledCorpus or a ClipData of spiking_lm.data",
+            hint="a TextCorpus, TokenCorpus, LabelledCorpus, PairCorpus or ClipData of spiking_lm.data is needed",
         )
     for split in SPLITS:
         source: TextSource = getattr(corpus, split)

@@ -80,6 +80,15 @@ class TableConfig(HeldOutConfig):
     """Share of the examples for testing when there is no test file."""
 
 
+class PairsConfig(PathConfig):
+    """Pairs in JSON lines or in tab-separated files with a header: ``source`` and ``target``."""
+
+    valid: float = Field(default=0.05, gt=0, lt=1)
+    """Share of the other sources that is held out for validation when there is no validation file."""
+    test: float = Field(default=0.05, gt=0, lt=1)
+    """Share of the sources for testing when there is no test file."""
+
+
 class ByteConfig(TokenizerConfig):
     """One token per UTF-8 byte: no options."""
 

@@ -106,6 +106,13 @@ def epoch_order(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.random.default_rng([seed, epoch, _ORDER]).permutation(n)
 
 
+def visited(n: int, batch_size: int, seed: int, index: int) -> list[int]:
+    """Return which of ``n`` examples batch ``index`` has; in an epoch, each occurs once."""
+    places = np.arange(index * batch_size, (index + 1) * batch_size)
+    orders = {int(epoch): epoch_order(n, seed, int(epoch)) for epoch in np.unique(places // n)}
+    return [int(orders[int(place // n)][place % n]) for place in places]
+
+
 def pad_batch(sequences: Sequence[NDArray[Any]], pad_id: int | None = 0) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return sequences padded on the right, ``(B, longest)``, and their true lengths, ``(B,)``.
 

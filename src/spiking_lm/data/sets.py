@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +60,22 @@ class LabelledCorpus:
     """May be empty when the published test set has no labels."""
 
 
+class Pair(NamedTuple):
+    """A text, and what is to be written when it was read."""
+
+    source: str
+    target: str
+
+
+@dataclass(frozen=True)
+class PairCorpus:
+    """What the factory of a dataset of pairs returns."""
+
+    train: list[Pair]
+    valid: list[Pair]
+    test: list[Pair]
+
+
 @dataclass(frozen=True)
 class TokenSplit:
     """One split of a tokenized text, and how much text its tokens stand for."""
@@ -94,7 +110,7 @@ class TextData:
             "dataset": self.name,
             "task": "text",
             "sha256": self.sha256,
-            "tokenizer": _describe_tokenizer(self.tokenizer),
+            "tokenizer": describe_tokenizer(self.tokenizer),
             "splits": {
                 name: {"tokens": len(split), "bytes": split.n_bytes, "chars": split.n_chars, "sha256": split.sha256}
                 for name, split in splits.items()
@@ -135,7 +151,7 @@ class LabelledData:
             "dataset": self.name,
             "task": "classification",
             "sha256": self.sha256,
-            "tokenizer": _describe_tokenizer(self.tokenizer),
+            "tokenizer": describe_tokenizer(self.tokenizer),
             "labels": self.labels,
             "splits": {
                 name: {
@@ -147,7 +163,8 @@ class LabelledData:
         }
 
 
-def _describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return what manifests say of a tokenizer."""
     return {"type": tokenizer.type, "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256}
 
 
