@@ -19,6 +19,7 @@ from spiking_lm.config import LIFConfig, NeuronConfig
 from spiking_lm.interfaces import SpikingLanguageModel
 from spiking_lm.testing import ModelContract, NeuronContract
 from spiking_lm.testing.encoders import EncoderLaws
+from spiking_lm.testing.sequences import SequenceLaws
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +120,8 @@ def test_a_model_with_a_loose_configuration_is_caught(tmp_path: Path) -> None:
 
 
 def test_every_model_law_has_caught_something() -> None:
-    untested = set(laws(ModelContract)) - set(laws(EncoderLaws)) - {law for _, law in BROKEN_MODELS}
+    apart = set(laws(EncoderLaws)) | set(laws(SequenceLaws))  # tests/contract/test_encoders.py, tests/seq2seq
+    untested = set(laws(ModelContract)) - apart - {law for _, law in BROKEN_MODELS}
     assert untested == {
         "test_config_survives_json_and_refuses_typos",  # tested on its own
         "test_logits_have_the_shape_of_the_vocabulary",

@@ -151,6 +151,7 @@ class EncoderLaws:
             "encode": lambda: model.encode(tokens, lengths),
             "mlm": lambda: model.predict_masked(tokens, lengths),
             "classify": lambda: model.classify(tokens, lengths),
+            "seq2seq": lambda: model.read(tokens, lengths),
         }
         for capability in calls.keys() - model.capabilities:
             try:

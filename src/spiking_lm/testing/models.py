@@ -29,12 +29,13 @@ from spiking_lm.testing.checks import (
     state_tensors,
 )
 from spiking_lm.testing.encoders import EncoderLaws, full_lengths, needs, vocabulary
+from spiking_lm.testing.sequences import SequenceLaws
 
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 odd_shapes = pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 7), (5, 1), (2, 19)], ids="B{}".format)
 
 
-class ModelContract(EncoderLaws):
+class ModelContract(EncoderLaws, SequenceLaws):
     """Every law of :class:`spiking_lm.interfaces.SpikingLanguageModel`; inherit it and override :meth:`model`."""
 
     untrained_parameters: ClassVar[Mapping[str, str]] = {}
@@ -62,24 +63,23 @@ class ModelContract(EncoderLaws):
 
     @both_dtypes
     def test_forward_is_a_scan_of_step(self, model: SpikingLanguageModel, dtype: torch.dtype) -> None:
-        needs(model, "lm")
-        _assert_forward_is_scan(model.to(dtype), self.tokens(model), dtype)
+        tokens, start = self.tokens(model), self.start(model.to(dtype), 3)
+        _assert_forward_is_scan(model, tokens, dtype, start)
 
     @odd_shapes
     def test_forward_is_a_scan_of_step_at_odd_shapes(
         self, model: SpikingLanguageModel, batch: int, length: int
     ) -> None:
-        needs(model, "lm")
-        _assert_forward_is_scan(model.double(), self.tokens(model, batch, length), torch.float64)
+        tokens, start = self.tokens(model, batch, length), self.start(model.double(), batch)
+        _assert_forward_is_scan(model, tokens, torch.float64, start)
 
     @both_dtypes
     def test_two_pieces_with_carried_state_are_one(self, model: SpikingLanguageModel, dtype: torch.dtype) -> None:
-        needs(model, "lm")
-        model, tokens = model.to(dtype), self.tokens(model)
+        start, tokens = self.start(model.to(dtype), 3), self.tokens(model)
         with torch.no_grad():
-            whole = model(tokens)
+            whole = model(tokens, start)
             for cut in (1, self.length // 2, self.length - 1):
-                first = model(tokens[:, :cut])
+                first = model(tokens[:, :cut], start)
                 second = model(tokens[:, cut:], first.state)
                 logits = torch.cat([first.logits, second.logits], 1)
                 assert_close(logits, whole.logits, f"cut after {cut} tokens, logits")
@@ -94,9 +94,8 @@ class ModelContract(EncoderLaws):
         assert_states_identical(started.state, plain.state, "state None against init_state()")
 
     def test_logits_have_the_shape_of_the_vocabulary(self, model: SpikingLanguageModel) -> None:
-        needs(model, "lm")
-        tokens = self.tokens(model)
-        logits = model(tokens).logits
+        start, tokens = self.start(model, 3), self.tokens(model)
+        logits = model(tokens, start).logits
         expected = (*tokens.shape, vocabulary(model))
         assert logits.shape == expected, f"logits have shape {tuple(logits.shape)}, expected {expected}"
         assert torch.isfinite(logits).all(), "logits are not finite"
@@ -104,46 +103,42 @@ class ModelContract(EncoderLaws):
     # -- what may influence what ---------------------------------------------------------------------------------------
 
     def test_later_tokens_do_not_influence_earlier_logits(self, model: SpikingLanguageModel) -> None:
-        needs(model, "lm")
-        tokens = self.tokens(model)
+        start, tokens = self.start(model, 3), self.tokens(model)
         with torch.no_grad():
-            logits = model(tokens).logits
+            logits = model(tokens, start).logits
             for position in (1, self.length // 2, self.length - 1):
                 changed = tokens.clone()
                 changed[:, position] = (changed[:, position] + 1) % vocabulary(model)
-                before = model(changed).logits[:, :position]
+                before = model(changed, start).logits[:, :position]
                 assert_identical(before, logits[:, :position], f"token {position} was changed; logits before it")
 
     def test_earlier_tokens_do_influence_later_logits(self, model: SpikingLanguageModel) -> None:
-        needs(model, "lm")
-        tokens, half = self.tokens(model), self.length // 2
+        start, tokens, half = self.start(model, 3), self.tokens(model), self.length // 2
         changed = tokens.clone()
         changed[:, :half] = (changed[:, :half] + 1) % vocabulary(model)
         with torch.no_grad():
-            later, changed_later = model(tokens).logits[:, half:], model(changed).logits[:, half:]
+            later, changed_later = (model(text, start).logits[:, half:] for text in (tokens, changed))
         assert not torch.equal(later, changed_later), "logits ignore every earlier token: the model has no memory"
 
     def test_rows_of_the_batch_are_independent(self, model: SpikingLanguageModel) -> None:
-        needs(model, "lm")
-        model, tokens = model.double(), self.tokens(model, batch=4)
+        start, tokens = self.start(model.double(), 4), self.tokens(model, batch=4)
         with torch.no_grad():
-            whole = model(tokens)
+            whole = model(tokens, start)
             for what, rows in (("permuted", [2, 0, 3, 1]), ("alone", [1]), ("repeated", [3, 3, 0, 1, 2, 1])):
                 chosen = torch.tensor(rows)
-                some = model(tokens[chosen])
+                some = model(tokens[chosen], select_rows(start, chosen))
                 assert_close(some.logits, whole.logits[chosen], f"rows {what} ({rows}), logits")
                 assert_states_close(some.state, select_rows(whole.state, chosen), f"rows {what} ({rows})")
 
     # -- state is explicit ---------------------------------------------------------------------------------------------
 
     def test_interleaved_calls_do_not_disturb_each_other(self, model: SpikingLanguageModel) -> None:
-        needs(model, "lm")
-        tokens, half = self.tokens(model), self.length // 2
+        start, tokens, half = self.start(model, 3), self.tokens(model), self.length // 2
         other = (tokens + 1) % vocabulary(model)
         with torch.no_grad():
-            alone = model(tokens[:, half:], model(tokens[:, :half]).state)
-            ours = model(tokens[:, :half]).state
-            theirs = model(other[:2, :half]).state
+            alone = model(tokens[:, half:], model(tokens[:, :half], start).state)
+            ours = model(tokens[:, :half], start).state
+            theirs = model(other[:2, :half], select_rows(start, torch.arange(2))).state
             model.step(other[:2, half], theirs)
             between = model(tokens[:, half:], ours)
         assert_identical(between.logits, alone.logits, "with another text in between, logits")
@@ -156,15 +151,15 @@ class ModelContract(EncoderLaws):
         before = hidden_tensors(model)
         _loss(model, tokens)
         assert_no_new_tensors(before, hidden_tensors(model), "a forward pass")
-        if "lm" in model.capabilities:
-            model.step(tokens[:, 0], model.init_state(len(tokens)))
+        if {"lm", "seq2seq"} & model.capabilities:
+            start = self.start(model, len(tokens))
+            model.step(tokens[:, 0], model.init_state(len(tokens)) if start is None else start)
             assert_no_new_tensors(before, hidden_tensors(model), "step")
 
     def test_state_is_not_changed_in_place(self, model: SpikingLanguageModel) -> None:
-        needs(model, "lm")
-        tokens = self.tokens(model)
+        first, tokens = self.start(model, 3), self.tokens(model)
         with torch.no_grad():
-            start = model(tokens).state
+            start = first if first is not None else model(tokens).state
             kept = map_state(torch.clone, start)
             model(tokens, start)
             assert_states_identical(start, kept, "the state handed to forward")
@@ -172,9 +167,8 @@ class ModelContract(EncoderLaws):
             assert_states_identical(start, kept, "the state handed to step")
 
     def test_state_is_batch_first_and_keeps_its_form(self, model: SpikingLanguageModel) -> None:
-        needs(model, "lm")
-        tokens = self.tokens(model, batch=5)
-        start = model.init_state(5)
+        start, tokens = self.start(model, 5), self.tokens(model, batch=5)
+        start = model.init_state(5) if start is None else start
         with torch.no_grad():
             after = dict(state_tensors(model(tokens, start).state))
         for path, tensor in state_tensors(start):
@@ -190,10 +184,9 @@ class ModelContract(EncoderLaws):
         assert len(after) == len(list(state_tensors(start))), "forward returns another number of state tensors"
 
     def test_state_can_be_moved_to_another_dtype(self, model: SpikingLanguageModel) -> None:
-        needs(model, "lm")
-        tokens = self.tokens(model)
+        start, tokens = self.start(model, 3), self.tokens(model)
         with torch.no_grad():
-            state = model(tokens).state
+            state = model(tokens, start).state
             moved = map_state(lambda t: t.double() if t.is_floating_point() else t, state)
             output = copy.deepcopy(model).double()(tokens, moved)
         assert output.logits.dtype == torch.float64, (
@@ -201,16 +194,17 @@ class ModelContract(EncoderLaws):
         )
         for path, tensor in state_tensors(output.state):
             assert not tensor.is_floating_point() or tensor.dtype == torch.float64, f"state{path} is {tensor.dtype}"
+        if start is not None:
+            return
         for path, tensor in state_tensors(model.init_state(1, dtype=torch.float64)):
             assert not tensor.is_floating_point() or tensor.dtype == torch.float64, (
                 f"init_state(dtype=torch.float64): state{path} is {tensor.dtype}"
             )
 
     def test_rows_of_the_state_can_be_selected(self, model: SpikingLanguageModel) -> None:
-        needs(model, "lm")
-        model, tokens = model.double(), self.tokens(model, batch=4)
+        start, tokens = self.start(model.double(), 4), self.tokens(model, batch=4)
         with torch.no_grad():
-            state = model(tokens).state
+            state = model(tokens, start).state
             logits, after = model.step(tokens[:, 0], state)
             rows = torch.tensor([3, 1])
             some, some_after = model.step(tokens[rows, 0], select_rows(state, rows))
@@ -248,10 +242,9 @@ class ModelContract(EncoderLaws):
         assert any(rates.values()), f"not one spike at any of {sorted(rates)}: nothing else here tests its spikes"
 
     def test_asking_for_spikes_changes_nothing_else(self, model: SpikingLanguageModel) -> None:
-        needs(model, "lm")
-        tokens = self.tokens(model)
+        start, tokens = self.start(model, 3), self.tokens(model)
         with torch.no_grad():
-            plain, spiking = model(tokens), model(tokens, return_spikes=True)
+            plain, spiking = model(tokens, start), model(tokens, start, return_spikes=True)
         assert plain.spikes is None, "spikes came without being asked for (they cost memory)"
         assert_identical(spiking.logits, plain.logits, "with return_spikes=True, logits")
         assert_states_identical(spiking.state, plain.state, "with return_spikes=True")
@@ -328,6 +321,9 @@ class ModelContract(EncoderLaws):
             assert_identical(_loss(again, tokens), _loss(model, tokens), "saved and loaded, loss")
             if "lm" in model.capabilities:
                 assert_identical(again(tokens).logits, model(tokens).logits, "saved and loaded, logits")
+            if "seq2seq" in model.capabilities:
+                a, b = (one.score_pairs(tokens, full_lengths(tokens), tokens).logits for one in (again, model))
+                assert_identical(a, b, "saved and loaded, score_pairs()")
             if "encode" in model.capabilities:
                 a, b = (one.encode(tokens, full_lengths(tokens)) for one in (again, model))
                 assert_identical(a.pooled, b.pooled, "saved and loaded, pooled")
@@ -437,25 +433,28 @@ def _loss(model: SpikingLanguageModel, tokens: Tensor) -> Tensor:
     if "mlm" in model.capabilities:
         logits = model.predict_masked(tokens, full_lengths(tokens))
         parts.append(F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten()))
+    if "seq2seq" in model.capabilities:
+        logits = model.score_pairs(tokens, full_lengths(tokens), tokens).logits
+        parts.append(F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten()))
     if "encode" in model.capabilities:
         pooled = model.encode(tokens, full_lengths(tokens)).pooled.float()
         # What is normalised has a constant square: look at it from one side.
         parts.append((pooled * torch.linspace(-1, 1, pooled.shape[1])).mean())
     if not parts:
-        pytest.skip(f"{type(model).__name__} declares none of 'lm', 'classify', 'mlm' and 'encode'")
+        pytest.skip(f"{type(model).__name__} declares none of 'lm', 'seq2seq', 'classify', 'mlm' and 'encode'")
     return torch.stack([part.float() for part in parts]).sum()
 
 
-def _assert_forward_is_scan(model: SpikingLanguageModel, tokens: Tensor, dtype: torch.dtype) -> None:
+def _assert_forward_is_scan(model: SpikingLanguageModel, tokens: Tensor, dtype: torch.dtype, start: State) -> None:
     with torch.no_grad():
-        whole = model(tokens)
-        logits, state = _scan(model, tokens, dtype)
+        whole = model(tokens, start)
+        logits, state = _scan(model, tokens, dtype, start)
     assert_close(whole.logits, logits, "forward against scan of step, logits")
     assert_states_close(whole.state, state, "forward against scan of step")
 
 
-def _scan(model: SpikingLanguageModel, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, State]:
-    state: State = model.init_state(tokens.shape[0], dtype=dtype)
+def _scan(model: SpikingLanguageModel, tokens: Tensor, dtype: torch.dtype, start: State) -> tuple[Tensor, State]:
+    state: State = model.init_state(tokens.shape[0], dtype=dtype) if start is None else start
     logits = []
     for token in tokens.unbind(1):
         scores, state = model.step(token, state)
