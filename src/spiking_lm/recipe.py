@@ -136,19 +136,28 @@ def resolve(document: dict[str, Any], overrides: Overrides = (), *, where: str =
     _check_task(recipe, where)
     _check_learning(recipe, where)
     recipe = recipe.model_copy(update=checked)
-    variants(recipe, where=where)
-    return recipe
+    if recipe.compare is None:
+        return recipe
+    # They are made from what was written: a default of one type, filled in above, is no choice of another's value.
+    found = _variants(document, recipe.compare.variants, where)
+    spelled_out = {name: _spell_out(recipe, found[name], given) for name, given in recipe.compare.variants.items()}
+    return recipe.model_copy(update={"compare": recipe.compare.model_copy(update={"variants": spelled_out})})
 
 
-def variants(recipe: Recipe, *, where: str = "recipe") -> dict[str, Recipe]:
+def variants(recipe: Recipe) -> dict[str, Recipe]:
     """Return the recipes that the compare stage runs, by name: this one with each variant's values in it.
 
     A variant trains, evaluates and explains; it compares nothing in its turn, and has the other stages of this recipe
-    only where one of its values changes them. Raises: RecipeError, UnknownNameError or MissingExtraError naming it.
+    only where one of its values changes them.
     """
+    given = recipe.compare.variants if recipe.compare else {}
+    return _variants(recipe.model_dump(mode="json", by_alias=True), given, "recipe")
+
+
+def _variants(document: dict[str, Any], given: Mapping[str, Mapping[str, Any]], where: str) -> dict[str, Recipe]:
+    """Resolve variants of a document. Raises: RecipeError, UnknownNameError or MissingExtraError naming the variant."""
     found: dict[str, Recipe] = {}
-    document = recipe.model_dump(mode="json", by_alias=True)
-    for name, values in (recipe.compare.variants if recipe.compare else {}).items():
+    for name, values in given.items():
         here = f"{where}: compare.variants.{name}"
         touched = {path[0] for path, _ in _flatten((), values)}
         if "compare" in touched:
@@ -156,13 +165,24 @@ def variants(recipe: Recipe, *, where: str = "recipe") -> dict[str, Recipe]:
         left_out = {"compare", *_OF_THIS_RUN} - touched
         base = {key: value for key, value in document.items() if key not in left_out}
         try:
-            found[name] = resolve({**base, "name": f"{recipe.name}/{name}"}, values, where=here)
+            found[name] = resolve({**base, "name": f"{document['name']}/{name}"}, values, where=here)
         except SpikingLMError as error:
             if not error.message.startswith(here):
                 error.message = f"{here}: {error.message.removeprefix('--set ')}"
                 error.args = (error.message,)
             raise
     return found
+
+
+def _spell_out(recipe: Recipe, variant: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a variant's values; where it chooses another type, with all fields of that type."""
+    ours, theirs = (one.model_dump(mode="json", by_alias=True) for one in (recipe, variant))
+    switched = [slot for slot in _SLOTS if _at(theirs, at := (*slot, _choice(slot))) not in (None, _at(ours, at))]
+    if not switched:
+        return dict(given)
+    outer = [slot for slot in switched if slot[:-1] not in switched]
+    kept = {path: value for path, value in _flatten((), given) if not any(path[: len(at)] == at for at in outer)}
+    return {".".join(path): value for path, value in [*((at, _at(theirs, at)) for at in outer), *kept.items()]}
 
 
 def find_recipe(path_or_name: str | Path) -> Path:

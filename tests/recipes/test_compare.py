@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from spiking_lm import compare as stage
-from spiking_lm import create_model, runs, training
+from spiking_lm import create_model, registry, runs, training
 from spiking_lm.errors import (
     DataError,
     InterruptedRunError,
@@ -23,7 +23,7 @@ from spiking_lm.errors import (
     UnknownNameError,
 )
 from spiking_lm.interfaces import Neuron
-from spiking_lm.recipe import Recipe, load_recipe, recipes, variants
+from spiking_lm.recipe import Recipe, load_recipe, recipes, resolve, variants
 from spiking_lm.rundir import RunDir
 from spiking_lm.runs import plan, run_recipe
 
@@ -79,6 +79,26 @@ def test_a_variant_is_the_recipe_with_its_values_in_it(comparing: Path) -> None:
     assert box.model["neuron"]["tau_mem_inv"] == 500.0
     assert "beta" not in box.model["neuron"]
     assert load_recipe(comparing).compare == recipe.compare
+
+
+def test_a_variant_of_another_type_has_that_types_own_defaults(comparing: Path, tmp_path: Path) -> None:
+    given = {"other": {"model.type": "spikegpt"}, "box": {"model.neuron.type": "norse.lif_box"}}
+    written = {"schema": 1, "name": "t", "data": {"type": "austen3"}, "model": {"type": "spikelm", "dropout": 0.2}}
+    recipe = resolve({**written, "train": {"steps": 1, "batch_size": 1}, "compare": {"variants": given}})
+    alone = resolve({**written, "model": {"type": "spikegpt", "dropout": 0.2}, "train": {"steps": 1, "batch_size": 1}})
+    found = variants(recipe)
+    assert found["other"].model == alone.model
+    assert found["box"].model["neuron"] == {"type": "norse.lif_box", **_defaults("neurons", "norse.lif_box")}
+    path = tmp_path / "saved.yaml"
+    path.write_text(recipe.to_yaml(), encoding="utf-8")
+    again = load_recipe(path)
+    assert again == recipe, "what a run keeps is what it ran"
+    assert variants(again) == found
+
+
+def _defaults(kind: str, name: str) -> dict[str, Any]:
+    config = registry.get(kind, name).load("config")
+    return config().model_dump(mode="json")
 
 
 def test_a_stage_that_a_variant_changes_is_the_variants_too(tiny: Path) -> None:
