@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from spiking_lm.data import Clip, Example
 
 BASELINE_ORDER = 6
+BASELINE_MAX_EXAMPLES = 50_000  # half a minute, at most
 BASELINE_MAX_TOKENS = 5_000_000  # an n-gram table of a larger corpus would take minutes and gigabytes
 
 LOGITS_AT_ONCE = 1 << 27
@@ -134,9 +135,9 @@ def evaluate(model: SpikingLanguageModel, data: Data, config: EvaluateConfig) ->
     """Score ``model`` on a split; return a JSON-able dict with ``metrics`` and ``protocol``.
 
     For text, clips and encoders also ``activity``, the event rates of a model that has spike sites, measured on what is
-    counted; and for bytes and words ``baselines``, what n-gram models reach, in ``baseline_unit``. With
-    ``config.shuffled`` also ``shuffled``: the perplexity of the same text with its words in another order, and how many
-    times as high that is.
+    counted; ``baselines``, in ``baseline_unit``: what n-gram models reach on bytes and words, and a bag of words on
+    labelled texts. With ``config.shuffled`` also ``shuffled``: the perplexity of the same text with its words in
+    another order, and how many times as high that is.
 
     Raises DataError for a split that is empty or too short, UsageError for shuffling what is no text, UnknownNameError
     for an unknown metric.
@@ -176,6 +177,8 @@ def evaluate(model: SpikingLanguageModel, data: Data, config: EvaluateConfig) ->
             result["shuffled"] = _score_shuffled(model, data, tokens, config, scores)
         if 0 < len(data.train.tokens) <= BASELINE_MAX_TOKENS:
             result.update(_baselines(data, tokens))
+    if isinstance(data, LabelledData) and 0 < len(data.train) <= BASELINE_MAX_EXAMPLES:
+        result.update(_words_alone(data, config))
     return result
 
 
@@ -193,6 +196,17 @@ def _baselines(data: TextData, held_out: NDArray[Any]) -> dict[str, Any]:
         values = {"Kneser-Ney bigram": bigram, "Kneser-Ney trigram": trigram}
         return {"baseline_unit": "perplexity", "baselines": values}
     return {}
+
+
+def _words_alone(data: LabelledData, config: EvaluateConfig) -> dict[str, Any]:
+    """Return what a bag of words reaches on a labelled set."""
+    from spiking_lm.data.bagofwords import bag_of_words
+
+    held_out: list[Example] = getattr(data, config.split)
+    texts, labels = [example.text for example in data.train], [example.label for example in data.train]
+    found = bag_of_words(texts, labels, [example.text for example in held_out], len(data.labels)).argmax(-1)
+    right = float(np.mean([int(guess) == example.label for guess, example in zip(found, held_out, strict=True)]))
+    return {"baseline_unit": "accuracy", "baselines": {"tf-idf of words and pairs, logistic regression": right}}
 
 
 def _score_text(
