@@ -146,6 +146,8 @@ def evaluate(model: SpikingLanguageModel, data: Data, config: EvaluateConfig) ->
         from spiking_lm.sequences import evaluate_pairs
 
         return evaluate_pairs(model, data, config)
+    if model.capabilities == {"seq2seq"}:
+        raise UsageError(f"{type(model).__name__} writes targets from sources, and {data.name!r} holds no pairs")
     activity = Activity()
     also: dict[str, float] = {}
     causal = isinstance(data, TextData) and "lm" in model.capabilities
