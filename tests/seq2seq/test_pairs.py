@@ -36,7 +36,7 @@ def load(path: Path, tokenizer: dict[str, Any] | None = None, **options: Any) ->
 
 
 def plain(split: list[data.EncodedPair]) -> list[tuple[str, str]]:
-    return [tuple(row.pair) for row in split]
+    return [(row.pair.source, row.pair.target) for row in split]
 
 
 def test_one_file_is_divided_by_its_sources_alone(tmp_path: Path) -> None:

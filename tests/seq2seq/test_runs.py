@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from spiking_lm import create_model, data, generate, run_recipe
-from spiking_lm.checkpoints import latest_checkpoint, load_model
+from spiking_lm.checkpoints import load_model, resolve_model
 from spiking_lm.cli import _load_verb
 from spiking_lm.errors import DataError, RecipeError, UsageError
 from spiking_lm.evaluation import evaluate
@@ -77,7 +77,7 @@ def test_a_recipe_runs_and_learns(run: RunDir) -> None:
 
 
 def test_an_evaluation_does_not_depend_on_its_batches(run: RunDir) -> None:
-    model, pairs = load_model(latest_checkpoint(run.path)), data.load(run.recipe.data)
+    model, pairs = load_model(resolve_model(run.path)), data.load(run.recipe.data)
     whole, single = (evaluate(model, pairs, EvaluateConfig(batch_size=size)) for size in (64, 1))
     assert whole["metrics"] == pytest.approx(single["metrics"], rel=1e-4)
     assert whole["activity"]["sites"] == pytest.approx(single["activity"]["sites"], rel=1e-3)
@@ -85,7 +85,7 @@ def test_an_evaluation_does_not_depend_on_its_batches(run: RunDir) -> None:
 
 
 def test_the_objective_is_the_cross_entropy_of_true_tokens(run: RunDir) -> None:
-    model, pairs = load_model(latest_checkpoint(run.path)).eval(), data.load(run.recipe.data)
+    model, pairs = load_model(resolve_model(run.path)).eval(), data.load(run.recipe.data)
     assert isinstance(pairs, data.PairData)
     config = TrainConfig(steps=1, batch_size=5, label_smoothing=0.1)
     objective = objective_for(model, pairs, config, seed=3)
@@ -107,7 +107,7 @@ def test_the_objective_is_the_cross_entropy_of_true_tokens(run: RunDir) -> None:
 
 
 def test_writing_is_taking_the_likeliest_token(run: RunDir) -> None:
-    model, pairs = load_model(latest_checkpoint(run.path)), data.load(run.recipe.data)
+    model, pairs = load_model(resolve_model(run.path)), data.load(run.recipe.data)
     assert isinstance(pairs, data.PairData)
     source, lengths = torch.randint(0, 4, (3, 5)), torch.tensor([5, 1, 3])
     written = write_targets(model, source, lengths, pairs.end_id, 8)
@@ -123,11 +123,11 @@ def test_writing_is_taking_the_likeliest_token(run: RunDir) -> None:
     streamed: list[str] = []
     config = GenerateConfig(prompt=" ab ", temperature=0, max_new_tokens=8)
     sample = sample_text(model, pairs.tokenizer, config, stream=streamed.append)
-    ids = torch.from_numpy(pairs.tokenizer.encode("ab").astype(np.int64))[None]
+    source = torch.from_numpy(pairs.tokenizer.encode("ab").astype(np.int64))[None]
     assert (
         sample.text
         == "".join(streamed)
-        == pairs.tokenizer.decode(write_targets(model, ids, torch.tensor([2]), pairs.end_id, 8)[0])
+        == pairs.tokenizer.decode(write_targets(model, source, torch.tensor([2]), pairs.end_id, 8)[0])
     )
     with pytest.raises(DataError, match="the source is empty"):
         sample_text(model, pairs.tokenizer, GenerateConfig(prompt=" "))

@@ -322,8 +322,8 @@ class ModelContract(EncoderLaws, SequenceLaws):
             if "lm" in model.capabilities:
                 assert_identical(again(tokens).logits, model(tokens).logits, "saved and loaded, logits")
             if "seq2seq" in model.capabilities:
-                a, b = (one.score_pairs(tokens, full_lengths(tokens), tokens).logits for one in (again, model))
-                assert_identical(a, b, "saved and loaded, score_pairs()")
+                ours, theirs = (one.score_pairs(tokens, full_lengths(tokens), tokens).logits for one in (model, again))
+                assert_identical(theirs, ours, "saved and loaded, score_pairs()")
             if "encode" in model.capabilities:
                 a, b = (one.encode(tokens, full_lengths(tokens)) for one in (again, model))
                 assert_identical(a.pooled, b.pooled, "saved and loaded, pooled")

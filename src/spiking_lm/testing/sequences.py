@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -49,7 +50,11 @@ class SequenceLaws:
         target = self.target(model)
         if "lm" in model.capabilities:
             pytest.skip(f"{type(model).__name__} declares 'lm': it begins without a source too")
-        for what, call in (("forward", lambda: model(target)), ("init_state", lambda: model.init_state(3))):
+        calls: dict[str, Callable[[], Any]] = {
+            "forward": lambda: model(target),
+            "init_state": lambda: model.init_state(3),
+        }
+        for what, call in calls.items():
             try:
                 call()
             except UsageError:
