@@ -37,6 +37,7 @@ def spiking_lm_datasets(register: Register) -> None:
         ("subj", "FoldConfig", "classification:subj", "subjective or objective, cross-validated"),
         ("trec", "HeldOutConfig", "classification:trec", "question types, 6 classes"),
         ("tsv", "TableConfig", "classification:tsv", "your own labelled text: label<TAB>text with a header"),
+        ("values", "TableConfig", "classification:values", "your own text with numbers: value<TAB>text with a header"),
     ):
         register(
             DatasetSpec(
@@ -125,7 +126,7 @@ def spiking_lm_neurons(register: Register) -> None:
 
 @hookimpl
 def spiking_lm_kernels(register: Register) -> None:
-    """Register the definition of every op and its fast form in plain PyTorch."""
+    """Register the definition of every op, its fast form in plain PyTorch, and the compiled ones."""
     for op, module, summary, how in (
         ("lif_scan", "torch_fast", "leaky integrate-and-fire over time", "chunked, one or two operations per step"),
         ("wkv", "torch_fast", "the RWKV-4 recurrence over time", "chunked, one or two operations per step"),
@@ -150,6 +151,18 @@ def spiking_lm_kernels(register: Register) -> None:
                 priority=10,
             )
         )
+    for op in ("lif_scan", "wkv", "elastic_scan", "attention"):
+        register(
+            KernelSpec(
+                name=f"{op}/numba",
+                summary="compiled for this processor, all in one pass",
+                implementation=f"spiking_lm.kernels.compiled:{op}",
+                supports=f"spiking_lm.kernels.compiled:supports_{op}",
+                priority=20,
+                extra="cpu",
+                requires=("numba",),
+            )
+        )
 
 
 @hookimpl
@@ -162,6 +175,8 @@ def spiking_lm_metrics(register: Register) -> None:
         ("masked_perplexity", "the same of hidden tokens, predicted from both sides: another quantity"),
         ("accuracy", "share of right guesses, of tokens or of labels"),
         ("macro_f1", "F1 averaged over the classes"),
+        ("mean_squared_error", "of numbers that are predicted"),
+        ("correlation", "Pearson's and Spearman's, of numbers that are predicted"),
     ):
         register(MetricSpec(name=name, summary=summary, function=f"spiking_lm.evaluation:{name}"))
 

@@ -15,7 +15,7 @@ from spiking_lm import kernels
 from spiking_lm.errors import KernelUnavailableError, UsageError
 from spiking_lm.kernels import torch_attention
 
-FAST = ("torch",)
+FAST = ("torch", "numba")
 
 
 @pytest.fixture(autouse=True)

@@ -74,7 +74,7 @@ def test_the_highest_priority_that_can_run_is_chosen() -> None:
     assert kernels.lif_scan(short, **LIF)[0].unique().tolist() == [7.0]
     assert kernels.lif_scan(long, **LIF)[0].unique().tolist() == [0.0]
     answers = dict(kernels.explain_choice("lif_scan", long, None, **LIF))
-    assert list(answers) == ["board", "gone", "extra", "short", "torch", "reference"]
+    assert list(answers) == ["board", "gone", "extra", "short", "numba", "torch", "reference"]
     assert answers["board"] == "no board is connected"
     assert "absent" in str(answers["gone"])
     assert "no_such_package_xyz" in str(answers["extra"])

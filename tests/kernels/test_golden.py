@@ -14,7 +14,7 @@ from torch import Tensor
 from spiking_lm import kernels
 from spiking_lm.config import SurrogateConfig
 
-IMPLEMENTATIONS = ("reference", "torch")
+IMPLEMENTATIONS = ("reference", "torch", "numba")
 DTYPES = (torch.float32, torch.float64)
 LIF_CASES = tuple(f"lif_{i:02d}" for i in range(18))
 WKV_CASES = ("small", "t1", "long", "masked", "extremek")
