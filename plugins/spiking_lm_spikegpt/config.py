@@ -46,7 +46,7 @@ class SpikeGPTConfig(ModelConfig):
     """Share the embedding matrix with the output head."""
     l2wrap: bool = False
     """Add the released training's penalty on the largest logit of each position (as a proper auxiliary loss)."""
-    num_classes: int | None = Field(default=None, ge=2)
-    """Adds a classification head."""
+    num_classes: int | None = Field(default=None, ge=1)
+    """Adds a classification head; 1 is regression."""
     pool: Literal["mean", "last"] = "mean"
     """What the classification head reads: the mean over the true tokens, or the last of them."""

@@ -419,6 +419,8 @@ class DistilledLabels(_Distilled, Labels):
         self.texts = data
         assert config.distill is not None
         self.phases = config.distill.phases
+        if data.regression:
+            _only(self.phases, ("representation", "attention", "pooled", "labels"), data.name, "numbers for labels")
         sample = data.batch(data.train[:_SAMPLED], config.seq_len)
         self.distiller = Distiller(model, data.tokenizer, config, sample, seed)
         if any(phase.prediction or phase.labels for phase in self.phases) and "classify" not in model.capabilities:
@@ -482,7 +484,7 @@ class DistilledLabels(_Distilled, Labels):
                 assert self.opinion is not None
                 losses["prediction"] = soft_cross_entropy(logits, self.opinion[batch.chosen], phase.temperature)
             if phase.labels:
-                losses["labels"] = self.cross_entropy(logits, batch.labels)
+                losses["labels"] = self.to_labels(logits, batch.labels)
         return self.weigh(losses, phase), ours, int(batch.lengths.sum())
 
     def validate(self, model: SpikingLanguageModel) -> dict[str, float]:
@@ -494,13 +496,13 @@ class DistilledLabels(_Distilled, Labels):
         return self.held_out(model, (self.texts.batch(part, limit) for part in parts))
 
 
-def _only(phases: Iterable[PhaseConfig], allowed: Sequence[str], name: str) -> None:
+def _only(phases: Iterable[PhaseConfig], allowed: Sequence[str], name: str, has: str = "no labels") -> None:
     for number, phase in enumerate(phases):
         asked = [loss for loss, weight in phase.weights().items() if weight and loss not in allowed]
         if asked:
             raise ConfigError(
-                f"train.distill.phases.{number}: {asked[0]}: {name!r} has no labels, and a teacher no opinion of them",
-                hint=f"on text there are {', '.join(allowed)}",
+                f"train.distill.phases.{number}: {asked[0]}: {name!r} has {has}, and a teacher no opinion of them",
+                hint=f"there are {', '.join(allowed)}",
             )
 
 

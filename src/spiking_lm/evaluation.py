@@ -61,15 +61,22 @@ class Scores:
     """What a metric sees: one entry per counted token or example."""
 
     task: str
-    """``"text"``, ``"masked"`` (hidden tokens of a text), ``"pairs"`` (tokens of targets) or ``"classification"``."""
+    """``"text"``, ``"masked"`` (hidden tokens of a text), ``"pairs"`` (tokens of targets), ``"classification"``
+    or ``"regression"``."""
     nll: NDArray[np.float64]
-    """Negative log-likelihood in nats of what was there."""
-    target: NDArray[np.int64]
-    predicted: NDArray[np.int64]
-    """The most likely token or class."""
+    """Negative log-likelihood in nats of what was there; the squared error of a regression."""
+    target: NDArray[Any]
+    predicted: NDArray[Any]
+    """The most likely token or class; the number that a regression predicts."""
     n_bytes: int = 0
     """UTF-8 bytes that the counted tokens encode."""
     n_chars: int = 0
+
+    @classmethod
+    def of_numbers(cls, logits: torch.Tensor, labels: torch.Tensor) -> Scores:
+        """Return the scores of a regression: ``logits (N, 1)`` for ``labels (N,)``."""
+        predicted, target = logits[:, 0].double().numpy(), labels.double().numpy()
+        return cls("regression", (predicted - target) ** 2, target, predicted)
 
 
 def bits_per_byte(scores: Scores) -> dict[str, float]:
@@ -94,6 +101,8 @@ def masked_perplexity(scores: Scores) -> dict[str, float]:
 
 def accuracy(scores: Scores) -> dict[str, float]:
     """Share of tokens or examples whose most likely guess is right; of hidden tokens it is ``masked_accuracy``."""
+    if scores.task == "regression":
+        return {}
     name = "masked_accuracy" if scores.task == "masked" else "accuracy"
     return {name: float((scores.predicted == scores.target).mean())}
 
@@ -107,6 +116,26 @@ def macro_f1(scores: Scores) -> dict[str, float]:
         hit = float(((scores.predicted == label) & (scores.target == label)).sum())
         values.append(2 * hit / float((scores.predicted == label).sum() + (scores.target == label).sum()))
     return {"macro_f1": float(np.mean(values))}
+
+
+def mean_squared_error(scores: Scores) -> dict[str, float]:
+    """The mean squared error of numbers."""
+    return {"mean_squared_error": float(scores.nll.mean())} if scores.task == "regression" else {}
+
+
+def correlation(scores: Scores) -> dict[str, float]:
+    """Pearson's correlation of numbers, and Spearman's, of their ranks (ties share theirs); 0 where one is constant."""
+    if scores.task != "regression":
+        return {}
+    numbers = scores.target, scores.predicted
+    ranks = [np.searchsorted(np.sort(x), x) + np.searchsorted(np.sort(x), x, "right") for x in numbers]
+    return {"pearson": _pearson(*numbers), "spearman": _pearson(*ranks)}
+
+
+def _pearson(a: NDArray[Any], b: NDArray[Any]) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    spread = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(a @ b) / spread if spread > 0 else 0.0
 
 
 class Activity:
@@ -201,11 +230,15 @@ def _baselines(data: TextData, held_out: NDArray[Any]) -> dict[str, Any]:
 
 
 def _words_alone(data: LabelledData, config: EvaluateConfig) -> dict[str, Any]:
-    """Return what a bag of words reaches on a labelled set."""
+    """Return what a bag of words reaches on a labelled set, or the mean where numbers are predicted."""
     from spiking_lm.data.bagofwords import bag_of_words
 
     held_out: list[Example] = getattr(data, config.split)
-    texts, labels = [example.text for example in data.train], [example.label for example in data.train]
+    if data.regression:
+        mean = float(np.mean([example.label for example in data.train]))
+        error = float(np.mean([(example.label - mean) ** 2 for example in held_out]))
+        return {"baseline_unit": "mean squared error", "baselines": {"the mean of the training part": error}}
+    texts, labels = [example.text for example in data.train], [int(example.label) for example in data.train]
     found = bag_of_words(texts, labels, [example.text for example in held_out], len(data.labels)).argmax(-1)
     right = float(np.mean([int(guess) == example.label for guess, example in zip(found, held_out, strict=True)]))
     return {"baseline_unit": "accuracy", "baselines": {"tf-idf of words and pairs, logistic regression": right}}
@@ -401,9 +434,12 @@ def _score_labelled(
     watched = activity if isinstance(data, ClipData) or "encode" in model.capabilities else None
     logits = classify_examples(model, data, examples, config.window, config.batch_size, watched, also)
     labels = torch.tensor([example.label for example in examples])
-    nll = F.cross_entropy(logits, labels, reduction="none")
+    regression = isinstance(data, LabelledData) and data.regression
     unit = "frames" if isinstance(data, ClipData) else "tokens"
     protocol = f"{len(examples):,} examples of the {config.split} split, cut at {config.window} {unit}"
+    if regression:
+        return Scores.of_numbers(logits, labels), protocol, {}
+    nll = F.cross_entropy(logits, labels, reduction="none")
     scores = Scores("classification", nll.double().numpy(), labels.numpy(), logits.argmax(-1).numpy())
     others = {f"accuracy ({name})": float((other.argmax(-1) == labels).double().mean()) for name, other in also.items()}
     return scores, protocol, others

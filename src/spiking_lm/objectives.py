@@ -19,7 +19,7 @@ from spiking_lm.data import ClipData, Data, LabelledData, PairData, TextData
 from spiking_lm.data.masking import HiddenTokens
 from spiking_lm.data.sampling import Stream, epoch_order, gather, sample_offsets
 from spiking_lm.errors import ConfigError, UsageError
-from spiking_lm.evaluation import classify_examples, score_hidden, score_tokens
+from spiking_lm.evaluation import Scores, classify_examples, correlation, score_hidden, score_tokens
 from spiking_lm.interfaces import (
     Encoding,
     LMOutput,
@@ -248,6 +248,9 @@ class Labels(Objective):
                 "train.sampling: stream is for texts; labelled examples have no order", hint="leave it out"
             )
         self.data, self.config, self.seed = data, config, seed
+        self.regression = isinstance(data, LabelledData) and data.regression
+        if self.regression and config.label_smoothing:
+            raise ConfigError(f"train.label_smoothing: {data.name!r} has numbers for labels", hint="leave it out")
 
     def batch(self, index: int, device: torch.device) -> LabelledBatch:
         """Return micro-batch ``index``; every example occurs once in an epoch."""
@@ -263,10 +266,12 @@ class Labels(Objective):
     def loss(self, model: SpikingLanguageModel, index: int, *, record: bool) -> tuple[Tensor, Output | None, int]:
         batch = self.batch(index, next(model.parameters()).device)
         logits, output = self.score(model, batch.inputs, batch.lengths, record=record)
-        return self.cross_entropy(logits, batch.labels), output, int(batch.lengths.sum())
+        return self.to_labels(logits, batch.labels), output, int(batch.lengths.sum())
 
-    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean cross-entropy in nats to the true labels, smoothed as the stage says."""
+    def to_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean cross-entropy in nats to the true labels, smoothed as the stage says, or squared error."""
+        if self.regression:
+            return F.mse_loss(logits[:, 0].float(), labels)
         return F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
 
     def score(
@@ -286,6 +291,9 @@ class Labels(Objective):
         examples = self.data.valid
         logits = classify_examples(model, self.data, examples, self.config.seq_len, 4 * self.config.batch_size)
         labels = torch.tensor([example.label for example in examples])
+        if self.regression:
+            scores = Scores.of_numbers(logits, labels)
+            return {"loss": float(scores.nll.mean()), **correlation(scores)}
         hit = float((logits.argmax(-1) == labels).float().mean())
         return {"loss": float(F.cross_entropy(logits, labels)), "accuracy": hit}
 

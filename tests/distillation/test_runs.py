@@ -298,8 +298,8 @@ def test_a_teacher_with_a_head_for_the_classes_uses_it(labelled: Path, tmp_path:
 
 def test_who_cannot_teach_is_named(labelled: Path, teacher: Path, tmp_path: Path, wordpiece: Tokenizer) -> None:
     corpus = data.load(labelled_data(labelled, path=str(teacher)))
-    spikegpt = spiking_lm.create_model("spikegpt", vocab_size=wordpiece.vocab_size, n_layer=1, n_embd=8)
-    save_model(spikegpt, tmp_path / "gpt", tokenizer=wordpiece)
+    egru = spiking_lm.create_model("egru", vocab_size=wordpiece.vocab_size)
+    save_model(egru, tmp_path / "gpt", tokenizer=wordpiece)
     with pytest.raises(UsageError, match="cannot teach: it encodes no texts"):
         Teacher(str(tmp_path / "gpt"), corpus.tokenizer)
     words = data.load({"type": "tsv", "path": str(labelled), "tokenizer": {"type": "word"}})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from spiking_lm.errors import DataError
 _EXTENSIONS = ("tsv", "txt", "label", "")
 _TEXT_COLUMNS = ("text", "sentence")
 _LABEL_COLUMNS = ("label", "labels")
+_VALUE_COLUMNS = ("value", "score", "label")
 
 NEGATIVE_POSITIVE = ["negative", "positive"]
 SST5 = ["very negative", "negative", "neutral", "positive", "very positive"]
@@ -131,6 +133,37 @@ def tsv(config: TableConfig) -> LabelledCorpus:
     return _complete("labelled set", path, LabelledCorpus(labels, train, valid, test))
 
 
+def values(config: TableConfig) -> LabelledCorpus:
+    """Read any set whose labels are numbers: tab-separated with a header ``value`` (or ``score``), ``text``."""
+    path = config.path.expanduser()
+    layout = "a file with the header 'value<TAB>text', or train.tsv, valid.tsv and test.tsv in one folder"
+    files: list[Path | None] = [path, None, None]
+    if not path.is_file():
+        files = [find_optional(split_names(path, split, ("tsv",))) for split in SPLITS]
+        files[0] = find_one(split_names(path, "train", ("tsv",)), "set of values", layout)
+    train, valid, test = (None if file is None else _numbers(file) for file in files)
+    assert train is not None
+    if test is None:
+        train, test = _hold_out(train, config.test, classes=False)
+    if valid is None:
+        train, valid = _hold_out(train, config.valid, classes=False)
+    return _complete("set of values", path, LabelledCorpus(["value"], train, valid, test))
+
+
+def _numbers(file: Path) -> list[Example]:
+    rows = _table_rows(file, read_lines(file), required=True, columns=_VALUE_COLUMNS)
+    examples = []
+    for row in _with_text(file, rows):
+        try:
+            value = float(row.label or "")
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise DataError(f"{file}, line {row.line}: {row.label!r} is not a number", hint="classes are type: tsv")
+        examples.append(Example(row.text, value))
+    return examples
+
+
 def _complete(what: str, path: Path, corpus: LabelledCorpus) -> LabelledCorpus:
     if not (corpus.train and corpus.valid):
         n = len(corpus.train) + len(corpus.valid) + len(corpus.test)
@@ -203,20 +236,24 @@ def _label_first_rows(file: Path, lines: list[str]) -> list[Row]:
     return rows
 
 
-def _table_rows(file: Path, lines: list[str], *, required: bool = False) -> list[Row]:
+def _table_rows(
+    file: Path, lines: list[str], *, required: bool = False, columns: Sequence[str] = _LABEL_COLUMNS
+) -> list[Row]:
     """Tab-separated lines: columns named by a header, or ``label<TAB>text`` without one."""
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     header = [name.strip().lower() for name in numbered[0][1].split("\t")] if numbered else []
-    label_at = next((header.index(name) for name in _LABEL_COLUMNS if name in header), None)
+    label_at = next((header.index(name) for name in columns if name in header), None)
     text_at = next((header.index(name) for name in _TEXT_COLUMNS if name in header), None)
     if text_at is not None:
         numbered = numbered[1:]
     elif required:
-        raise DataError(f"{file} has no header with the columns label and text", hint="put 'label<TAB>text' above it")
+        raise DataError(
+            f"{file} has no header with the columns {columns[0]} and text", hint=f"put '{columns[0]}<TAB>text' above it"
+        )
     else:
         label_at, text_at = 0, 1
     if required and label_at is None:
-        raise DataError(f"{file} has no column 'label'; its columns are {', '.join(header)}")
+        raise DataError(f"{file} has no column {columns[0]!r}; its columns are {', '.join(header)}")
     needed = max(text_at, label_at or 0) + 1
     rows = []
     for number, line in numbered:
@@ -268,23 +305,23 @@ def _parse_tree(line: str) -> list[tuple[str, str]] | None:
 # -- splits that depend on the texts alone ------------------------------------------------------------------------
 
 
-def _places(examples: list[Example]) -> list[float]:
-    """Return a place in [0, 1) for each example: even within each class, ordered by a hash of the text.
+def _places(examples: list[Example], *, classes: bool = True) -> list[float]:
+    """Return a place in [0, 1) for each example: even within each of the classes, ordered by a hash of the text.
 
     So the splits are the same whatever the order of the files and the version of numpy, and copies of a sentence
     stay together.
     """
     places = [0.0] * len(examples)
-    for label in {example.label for example in examples}:
-        members = [index for index, example in enumerate(examples) if example.label == label]
+    for label in {example.label for example in examples} if classes else {None}:
+        members = [index for index, example in enumerate(examples) if label in (None, example.label)]
         members.sort(key=lambda index: hashlib.sha256(examples[index].text.encode("utf-8")).digest())
         for rank, index in enumerate(members):
             places[index] = rank / len(members)
     return places
 
 
-def _hold_out(examples: list[Example], share: float) -> tuple[list[Example], list[Example]]:
-    """Return (what stays, what is held out), ``share`` of each class."""
-    places = _places(examples)
+def _hold_out(examples: list[Example], share: float, *, classes: bool = True) -> tuple[list[Example], list[Example]]:
+    """Return (what stays, what is held out), ``share`` of each of the classes, or of all."""
+    places = _places(examples, classes=classes)
     kept = [example for example, place in zip(examples, places, strict=True) if place >= share]
     return kept, [example for example, place in zip(examples, places, strict=True) if place < share]

@@ -43,10 +43,10 @@ class TokenCorpus:
 
 @dataclass(frozen=True)
 class Example:
-    """A labelled text; ``label`` indexes the set's ``labels``."""
+    """A labelled text; ``label`` indexes the set's ``labels``, or is a number that is to be predicted itself."""
 
     text: str
-    label: int
+    label: float
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class LabelledCorpus:
     """What the factory of a classification dataset returns."""
 
     labels: list[str]
+    """Names of the classes; a single one is the name of the number that is to be predicted (regression)."""
     train: list[Example]
     valid: list[Example]
     test: list[Example]
@@ -131,6 +132,11 @@ class LabelledData:
     sha256: str
     """Identity of the examples, their order and the tokenizer."""
 
+    @property
+    def regression(self) -> bool:
+        """Whether labels are numbers to be predicted, not classes."""
+        return len(self.labels) == 1
+
     def length(self, example: Example) -> int:
         """Return about how long an example is, for batches of examples of similar length."""
         return len(example.text)
@@ -149,18 +155,18 @@ class LabelledData:
         """Return the JSON-able summary that manifests and reports show."""
         return {
             "dataset": self.name,
-            "task": "classification",
+            "task": "regression" if self.regression else "classification",
             "sha256": self.sha256,
             "tokenizer": describe_tokenizer(self.tokenizer),
             "labels": self.labels,
-            "splits": {
-                name: {
-                    "examples": len(getattr(self, name)),
-                    "per_label": [sum(e.label == i for e in getattr(self, name)) for i in range(len(self.labels))],
-                }
-                for name in SPLITS
-            },
+            "splits": {name: self._describe_split(getattr(self, name)) for name in SPLITS},
         }
+
+    def _describe_split(self, examples: list[Example]) -> dict[str, Any]:
+        given = [example.label for example in examples]
+        if self.regression:
+            return {"examples": len(given), "range": [min(given), max(given)] if given else None}
+        return {"examples": len(given), "per_label": [given.count(i) for i in range(len(self.labels))]}
 
 
 def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:

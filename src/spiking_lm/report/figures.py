@@ -109,7 +109,9 @@ def to_svg(figure: Figure, title: str) -> str:
 
 def loss_figure(run: Collected, baselines: Mapping[str, float], baseline_unit: str) -> Figure | None:
     """Draw training and validation loss over the steps, with baselines, and the learning rate below; None without."""
-    units = {"bpb": "bits per byte", "perplexity": "perplexity", "loss": "loss (nats)"}
+    numbers = (run.evaluation or {}).get("task") == "regression"
+    loss = "loss (squared error)" if numbers else "loss (nats)"
+    units = {"bpb": "bits per byte", "perplexity": "perplexity", "loss": loss}
     name = next((name for name in units if run.curve("train", name)[0]), "loss")
     unit = units[name]
     train, valid = run.curve("train", name), run.curve("valid", name)

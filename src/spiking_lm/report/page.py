@@ -294,6 +294,7 @@ _COUNTED: dict[str, tuple[str, Any, str]] = {
         max,
         "longer is better. The bag of words was fitted to the same training texts and scored on the same ones.",
     ),
+    "mean squared error": ("the same number for all", min, "shorter is better."),
 }
 """What a run is compared with, which of several is the best, and what the bars show."""
 
@@ -304,7 +305,7 @@ def _bars(values: dict[str, float], metric: str, unit: str) -> list[dict[str, An
     def text(value: float) -> str:
         if unit == "accuracy":
             return tables.metric_value(metric, value)
-        return f"{value:.{3 if unit == 'bits per byte' else 1}f}"
+        return f"{value:.{1 if unit == 'perplexity' else 3}f}"
 
     widest = max(values.values()) or 1.0
     return [
@@ -327,13 +328,13 @@ def _score(run: Collected) -> dict[str, Any] | None:
     compare = caption = ""
     if first == unit.replace(" ", "_") and baselines:
         bars = _bars({"this model": metrics[first], **baselines}, first, unit)
-        counted, better, caption = _COUNTED["accuracy" if unit == "accuracy" else "text"]
+        counted, better, caption = _COUNTED.get(unit, _COUNTED["text"])
         best, value = better(baselines.items(), key=lambda item: item[1])
         gap, side = metrics[first] - value, "below" if metrics[first] < value else "above"
         if unit == "accuracy":
             compare = f"{100 * abs(gap):.1f} points {side} {counted} ({best}, {value:.1%})"
         else:
-            digits = 2 if unit == "bits per byte" else 0
+            digits = 0 if unit == "perplexity" else 2
             compare = f"{abs(gap):.{digits}f} {side} {counted} ({best}, {value:.{digits}f})"
     shown = [(tables.metric_name(name), tables.metric_value(name, value)) for name, value in metrics.items()]
     if shuffled := run.evaluation.get("shuffled"):

@@ -357,7 +357,7 @@ def comparison_tables(comparison: Row) -> RenderableType:
 def headline_metric(metrics: Iterable[str]) -> str | None:
     """Choose the metric that stands for an evaluation; None where there is none."""
     given = list(metrics)
-    return next((name for name in ("bits_per_byte", "perplexity", "accuracy", *given) if name in given), None)
+    return next((name for name in ("bits_per_byte", "perplexity", "accuracy", "mean_squared_error", *given) if name in given), None)
 
 
 def metric_name(name: str) -> str:
