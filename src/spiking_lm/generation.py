@@ -97,11 +97,18 @@ def generate(
 
     ``state`` is what went before the prompt, for instance ``model.read(source, lengths)``; None: nothing.
     ``stream`` is called with each new token (``()`` or ``(B,)``) as it is drawn. Same seed, same text.
-    Raises UsageError for an empty prompt.
+    Raises UsageError for an empty prompt, and for more tokens than the model has positions for.
     """
     prompt = torch.as_tensor(prompt_ids, dtype=torch.long, device=next(model.parameters()).device)
     single = prompt.ndim == 1
     batch = prompt[None] if single else prompt
+    room = _room(model, batch.shape[1])
+    if room is not None and max_new_tokens > room:
+        raise UsageError(
+            f"{batch.shape[1]} tokens and {max_new_tokens} new ones are more than the {longest_text(model)} positions "
+            "that this model knows",
+            hint=f"max_new_tokens is at most {room}" if room > 0 else "take a shorter prompt",
+        )
     tokens = iterate(model, batch, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, state=state)
     new: list[Tensor] = []
     while len(new) < max_new_tokens:
@@ -111,6 +118,12 @@ def generate(
             stream(token[0] if single else token)
     full = torch.cat([batch, torch.stack(new, 1)], 1) if new else batch
     return full[0] if single else full
+
+
+def _room(model: SpikingLanguageModel, n: int) -> int | None:
+    """Return how many tokens can be drawn after ``n``; None without end. The last one drawn is not read any more."""
+    bound = longest_text(model)
+    return None if bound is None else max(0, bound - n + 1)
 
 
 def write_targets(
@@ -143,6 +156,8 @@ class GenerationResult:
     tokens_per_s: float
     stopped_by: str | None = None
     """The stop string that ended it."""
+    positions: int | None = None
+    """How many positions the model knows, where that ended the text."""
 
 
 def sample_text(
@@ -154,11 +169,17 @@ def sample_text(
 ) -> GenerationResult:
     """Continue ``config.prompt`` as text; ``stream`` receives each piece of text as soon as it is complete.
 
-    A stop string ends the text and is not part of it; text that could still become one is held back from ``stream``.
-    To a model of pairs the prompt is a source, and what it writes is the target, which ends where the model ends it.
+    The text also ends where the model knows no further positions. A stop string ends it and is not part of it; text
+    that could still become one is held back from ``stream``. To a model of pairs the prompt is a source, and what it
+    writes is the target, which ends where the model ends it. Raises UsageError for a model that generates nothing.
     """
     from spiking_lm.data import stream_decoder
 
+    if not {"lm", "seq2seq"} & model.capabilities:
+        raise UsageError(
+            f"this {type(model).__name__} says nothing about what comes next (capabilities: "
+            f"{sorted(model.capabilities)})"
+        )
     state, end = None, None
     if "seq2seq" in model.capabilities:
         state, end = _read(model, tokenizer, config.prompt)
@@ -175,8 +196,8 @@ def sample_text(
         state=state,
     )
     decoder = stream_decoder(tokenizer, [] if end is not None else prompt[0].tolist())
-    bound = longest_text(model) if end is not None else None
-    most = min(config.max_new_tokens, bound or config.max_new_tokens)
+    room = _room(model, prompt.shape[1])
+    most = config.max_new_tokens if not room else min(config.max_new_tokens, room)
     stops = [stop for stop in config.stop if stop]
     longest = max((len(stop) for stop in stops), default=0)
     text, shown, count, stopped_by = "", 0, 0, None
@@ -193,14 +214,16 @@ def sample_text(
             text += decoder.flush()
         found = [(text.find(stop), stop) for stop in stops if stop in text]
         if found:
-            cut, stopped_by = min(found)
-            text = text[:cut]
+            at, stopped_by = min(found)
+            text = text[:at]
         safe = len(text) if stopped_by or last else max(shown, len(text) - longest + 1)
         safe = safe if longest else len(text)
         if stream is not None and safe > shown:
             stream(text[shown:safe])
             shown = safe
-    return GenerationResult(text, count, count / max(time.perf_counter() - start, 1e-9), stopped_by)
+    cut = count == most < config.max_new_tokens and stopped_by is None
+    speed = count / max(time.perf_counter() - start, 1e-9)
+    return GenerationResult(text, count, speed, stopped_by, longest_text(model) if cut else None)
 
 
 def _read(model: SpikingLanguageModel, tokenizer: Tokenizer, source: str) -> tuple[State, int]:

@@ -117,3 +117,23 @@ def test_state_can_be_carried_on(model: Any) -> None:
     token, state = run[4]
     again = first(5, [int(token)], state)
     assert [int(t) for t, _ in again] == [int(t) for t, _ in run[5:10]]
+
+
+def test_a_text_ends_where_the_positions_end(tokenizer: Any) -> None:
+    sizes = {"vocab_size": tokenizer.vocab_size, "n_layer": 1, "n_embd": 16, "n_head": 2, "ctx_len": 8}
+    model = spiking_lm.create_model("spikelm", causal=True, **sizes)
+    model.calibrate(torch.arange(8)[None] % tokenizer.vocab_size)
+    short = sample_text(model, tokenizer, GenerateConfig(prompt="abc", max_new_tokens=6, temperature=0))
+    assert (short.tokens, short.positions) == (6, None)
+    cut = sample_text(model, tokenizer, GenerateConfig(prompt="abc", max_new_tokens=50, temperature=0))
+    assert (cut.tokens, cut.positions) == (6, 8), "the last token drawn is not read any more"
+    assert spiking_lm.generate(model, [1, 2, 3], max_new_tokens=6).shape == (9,)
+    with pytest.raises(UsageError, match="3 tokens and 7 new ones are more than the 8 positions") as caught:
+        spiking_lm.generate(model, [1, 2, 3], max_new_tokens=7)
+    assert caught.value.hint == "max_new_tokens is at most 6"
+
+
+def test_an_encoder_generates_nothing(tokenizer: Any) -> None:
+    model = spiking_lm.create_model("spikelm", vocab_size=tokenizer.vocab_size, n_layer=1, n_embd=16, n_head=2)
+    with pytest.raises(UsageError, match="says nothing about what comes next"):
+        sample_text(model, tokenizer, GenerateConfig(prompt="abc"))

@@ -73,10 +73,12 @@ def command(
         spikes = spikes_of(sample.text)
         print_json({"prompt": prompt, **vars(sample), "spikes_per_token": spikes})
         return
-    if prompt.strip() and not from_source:
+    if prompt.strip() and "lm" in network.capabilities:
         write(prompt)
     sample = sample_text(network, tokenizer, config, stream=write)
     write("\n")
+    if sample.positions is not None:
+        typer.echo(f"the text ends here: this model knows {sample.positions:,} positions", err=True)
     if stats:
         spikes = spikes_of(sample.text)
         typer.echo(
