@@ -29,6 +29,9 @@ METRICS = {
     "perplexity": "perplexity per token",
     "accuracy": "accuracy",
     "macro_f1": "macro F1",
+    "rouge_1": "ROUGE-1",
+    "rouge_2": "ROUGE-2",
+    "rouge_l": "ROUGE-L",
 }
 """What metrics are called, where the name in the registry would not do."""
 
@@ -357,7 +360,8 @@ def comparison_tables(comparison: Row) -> RenderableType:
 def headline_metric(metrics: Iterable[str]) -> str | None:
     """Choose the metric that stands for an evaluation; None where there is none."""
     given = list(metrics)
-    return next((name for name in ("bits_per_byte", "perplexity", "accuracy", "mean_squared_error", *given) if name in given), None)
+    first = ("bits_per_byte", "rouge_l", "perplexity", "accuracy", "mean_squared_error", *given)
+    return next((name for name in first if name in given), None)
 
 
 def metric_name(name: str) -> str:
@@ -369,7 +373,7 @@ def metric_value(name: str, value: float | None) -> str:
     """Write a metric: shares in percent, other figures with three decimals."""
     if value is None:
         return "–"
-    return percent(value) if name in ("accuracy", "macro_f1") else f"{value:.3f}"
+    return percent(value) if name in ("accuracy", "macro_f1", "exact_match") else f"{value:.3f}"
 
 
 def results_grid(comparison: Row) -> Grid:
