@@ -33,6 +33,7 @@ from spiking_lm.rundir import RunDir, Status, now
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from spiking_lm.data import Data
     from spiking_lm.graph import LMGraph
 
 
@@ -54,6 +55,7 @@ def run_recipe(
     goes on; DivergedError.
     """
     out = Path(out) if out is not None else Path("runs")
+    console, data = console or _stderr(), None
     if resume is not None and str(resume) != "auto":
         run = RunDir.open(resume)
         recipe = run.recipe
@@ -66,9 +68,12 @@ def run_recipe(
             raise UsageError("no recipe was given", hint="'spiking-lm recipes ls' lists them")
         recipe = load_recipe(path_or_name, overrides or ())
         unfinished = _unfinished(recipe, out) if resume is not None else None
+        if unfinished is None:  # what cannot begin, for want of its data for instance, leaves no folder behind
+            _check_extras(recipe)
+            data = data_of(recipe, console)
         run = unfinished or RunDir.create(recipe, out)
     with run.lock():
-        return _go(run, recipe, console or _stderr())
+        return _go(run, recipe, data, console)
 
 
 def _unfinished(recipe: Recipe, out: Path) -> RunDir | None:
@@ -116,8 +121,8 @@ def plan(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
 # -- the stages -------------------------------------------------------------------------------------------------------
 
 
-def _go(run: RunDir, recipe: Recipe, console: Console) -> RunDir:
-    """Do what is left to do of a run."""
+def _go(run: RunDir, recipe: Recipe, data: Data | None, console: Console) -> RunDir:
+    """Do what is left to do of a run; ``data`` is None where it has yet to be loaded."""
     if run.status == "complete":
         console.print(f"{run.path} is complete", highlight=False, soft_wrap=True)
         return run
@@ -130,7 +135,7 @@ def _go(run: RunDir, recipe: Recipe, console: Console) -> RunDir:
     try:
         _check_extras(recipe)
         with _noting_warnings(run, console):
-            _Stages(run, recipe, console).go()
+            _Stages(run, recipe, data_of(recipe, console) if data is None else data, console).go()
         status = "complete"
     except KeyboardInterrupt:
         status = "interrupted"
@@ -175,15 +180,14 @@ def _noting_warnings(run: RunDir, console: Console) -> Iterator[None]:
 class _Stages:
     """The stages of one run; each writes its results into the run directory."""
 
-    def __init__(self, run: RunDir, recipe: Recipe, console: Console) -> None:
-        self.run, self.recipe, self.console = run, recipe, console
+    def __init__(self, run: RunDir, recipe: Recipe, data: Data, console: Console) -> None:
+        self.run, self.recipe, self.data, self.console = run, recipe, data, console
 
     def go(self) -> None:
-        """Load data and model, then do each stage that the recipe has and that is not complete."""
+        """Load the model, then do each stage that the recipe has and that is not complete."""
         from spiking_lm.checkpoints import latest_checkpoint, load_model
 
         run, recipe = self.run, self.recipe
-        self.data = data_of(recipe, self.console)
         before = run.manifest.get("data")
         if before is not None and before["sha256"] != self.data.sha256:
             hashes = f"SHA-256 {self.data.sha256[:12]}..., was {before['sha256'][:12]}..."

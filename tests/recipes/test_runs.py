@@ -260,6 +260,13 @@ def test_what_is_no_run_is_said(tmp_path: Path) -> None:
 # -- failures ---------------------------------------------------------------------------------------------------------
 
 
+def test_what_cannot_begin_leaves_no_folder(tiny: Path) -> None:
+    missing = {"type": "text", "path": "nowhere.txt", "tokenizer": {"type": "byte"}}
+    with pytest.raises(DataError, match=r"nowhere\.txt"):
+        run_recipe(tiny, {"data": missing})
+    assert not Path("runs").exists()
+
+
 def test_a_run_that_fails_says_so(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "_backward", lambda *_, **__: (float("nan"), 1, None))
     with pytest.raises(DivergedError):
