@@ -1,4 +1,4 @@
-"""``python -m spiking_lm_lava.conformance DIR``: is what we compute what Lava computes?"""
+"""``python -m spiking_lm_lava.conformance DIR [--lava]``: is what we compute what Lava computes?"""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -14,7 +15,15 @@ from spiking_lm.errors import DataError, SpikingLMError
 from spiking_lm_lava.cases import FLOAT_TOLERANCE, Array, Case, read_case
 from spiking_lm_lava.simulator import Run, Simulator, reference
 
-Executor = Callable[[Case], Run]
+
+class Outcome(Protocol):
+    """What sinks received and states held, whoever computed it."""
+
+    sinks: dict[str, Array]
+    watched: dict[str, Array]
+
+
+Executor = Callable[[Case], Outcome]
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,7 @@ def fast(case: Case) -> Run:
     return Simulator(case.network).run(case.inputs, watch=case.watch)
 
 
-def compare(case: Case, run: Run) -> list[Mismatch]:
+def compare(case: Case, run: Outcome) -> list[Mismatch]:
     """Return where a run differs from what the case expects."""
     found: list[Mismatch] = []
     for name, (where, rows) in case.expected.items():
@@ -84,10 +93,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print ``N of M exact`` and every mismatch; return 0 if there is none, 1 if there are, or an error's exit code."""
     parser = argparse.ArgumentParser(prog="python -m spiking_lm_lava.conformance", description=__doc__)
     parser.add_argument("folder", type=Path, help="a folder of .npz cases")
+    parser.add_argument("--lava", action="store_true", help="run them in Lava too, in its worker")
     options = parser.parse_args(arguments)
     try:
         cases = read_folder(options.folder)
         executors: dict[str, Executor] = {"model": in_steps, "simulator": fast}
+        if options.lava:
+            from spiking_lm_lava.executor import LavaExecutor
+
+            lava = LavaExecutor.find()
+            executors["lava"] = lambda case: lava.run(case.network, case.inputs, watch=case.watch)
         exact, wrong = conformance(cases, executors)
     except SpikingLMError as error:
         print(f"error: {error.message}", file=sys.stderr)

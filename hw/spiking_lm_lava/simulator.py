@@ -63,9 +63,9 @@ def reference(
     network: Network, inputs: Mapping[str, Rows], state: NetworkState | None = None, watch: Iterable[str] = ()
 ) -> Run:
     """Run ``inputs`` (source -> rows) step by step. Raises: DataError for inputs that do not fit the sources."""
-    rows, steps = _checked_inputs(network, inputs)
+    rows, steps = checked_inputs(network, inputs)
     now = NetworkState.of(network) if state is None else state.copy()
-    names = _watched(network, watch)
+    names = watched_states(network, watch)
     sinks: dict[str, list[Any]] = {node.name: [] for node in network.of_kind(Sink)}
     watched: dict[str, list[Any]] = {name: [] for name in names}
     for column in range(steps):
@@ -153,9 +153,9 @@ class Simulator:
 
         Raises: DataError for inputs that do not fit the sources, or a state that is not there.
         """
-        rows, steps = _checked_inputs(self.network, inputs)
+        rows, steps = checked_inputs(self.network, inputs)
         now = self.initial() if state is None else state.copy()
-        names = _watched(self.network, watch)
+        names = watched_states(self.network, watch)
         wanted: dict[str, dict[str, list[Any]]] = {}
         for node, of_node in names.values():
             wanted.setdefault(node, {})[of_node] = []
@@ -329,7 +329,8 @@ def _stacked(rows: list[Any], size: int) -> Rows:
     return np.stack(rows) if rows else np.zeros((0, size), np.int64)
 
 
-def _checked_inputs(network: Network, inputs: Mapping[str, Rows]) -> tuple[dict[str, Rows], int]:
+def checked_inputs(network: Network, inputs: Mapping[str, Rows]) -> tuple[dict[str, Rows], int]:
+    """Return the rows of every source, int64, and how many steps they are. Raises: DataError for what does not fit."""
     sources = {node.name: node for node in network.nodes if isinstance(node, Source)}
     if inputs.keys() != sources.keys():
         raise DataError(f"inputs are given for {sorted(inputs)}, the network's sources are {sorted(sources)}")
@@ -349,7 +350,8 @@ def _checked_inputs(network: Network, inputs: Mapping[str, Rows]) -> tuple[dict[
     return rows, lengths.pop() if lengths else 0
 
 
-def _watched(network: Network, watch: Iterable[str]) -> dict[str, tuple[str, str]]:
+def watched_states(network: Network, watch: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Return node and state of every ``"node.state"``. Raises: DataError for one that is not there."""
     found = {}
     for name in watch:
         node, _, state = name.partition(".")

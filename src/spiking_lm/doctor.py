@@ -7,13 +7,13 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
 from spiking_lm import registry
-from spiking_lm.errors import SpikingLMError
+from spiking_lm.errors import SpikingLMError, UnknownNameError
 from spiking_lm.files import sha256_file
 from spiking_lm.provenance import OWN_DISTRIBUTION, describe
 from spiking_lm.records import Finding
@@ -27,8 +27,11 @@ _LITTLE_DISK, _NO_DISK = 2e9, 1e8
 """Bytes: a run with its checkpoints and report takes some tens of megabytes, its token files as much as the text."""
 
 
-def diagnose() -> list[Finding]:
-    """Look at the installation, then run every check that plugins registered; a check that raises is a failure."""
+def diagnose(names: Collection[str] = ()) -> list[Finding]:
+    """Look at the installation, then run every check that plugins registered, or those with ``names`` alone.
+
+    A check that raises is a failure. Raises: UnknownNameError for a name that no check has.
+    """
     findings: list[Finding] = []
     own: dict[str, Callable[[], list[Finding]]] = {
         "python": check_python,
@@ -37,11 +40,28 @@ def diagnose() -> list[Finding]:
         "extras": check_extras,
         "plugins": check_plugins,
     }
+    registered = registry.all("doctor")
+    for name in names:
+        if name not in own and name not in registered:
+            raise UnknownNameError("check", name, [*own, *registered])
     for name, check in own.items():
-        findings += _guarded(name, check, culprit=None)
-    for name, entry in registry.all("doctor").items():
-        findings += _guarded(name, lambda entry=entry: entry.load("function")(), culprit=entry.plugin)  # type: ignore[misc]
+        if not names or name in names:
+            findings += _guarded(name, check, culprit=None)
+    for name, entry in registered.items():
+        if not names or name in names:
+            findings += _guarded(name, lambda entry=entry: entry.load("function")(), culprit=entry.plugin)  # type: ignore[misc]
     return findings
+
+
+def prepare(name: str, say: Callable[[str], None]) -> None:
+    """Set up what the check ``name`` looks for, and what no extra can bring; ``say`` is told what happens.
+
+    Raises: UnknownNameError when no check of that name has a setup; what the setup raises.
+    """
+    able = {name: entry for name, entry in registry.all("doctor").items() if entry.spec.setup is not None}
+    if name not in able:
+        raise UnknownNameError("setup", name, able)
+    able[name].load("setup")(say)
 
 
 def _guarded(name: str, check: Callable[[], list[Finding]], *, culprit: registry.PluginRecord | None) -> list[Finding]:

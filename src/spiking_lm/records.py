@@ -204,8 +204,11 @@ class DoctorSpec(Record):
     """A health check: ``function() -> list[spiking_lm.records.Finding]``."""
 
     kind = "doctor"
-    targets = ("function",)
+    targets = ("function", "setup")
     function: str
+    setup: str | None = None
+    """``f(say) -> None``: prepares what the check looks for, which no extra can bring; ``say`` takes lines of text. A
+    backend's is registered under the backend's name: ``lower --backend NAME --setup`` runs it."""
 
 
 @dataclass(frozen=True)

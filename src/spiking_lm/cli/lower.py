@@ -8,11 +8,14 @@ import typer
 
 
 def command(
-    model: Path = typer.Argument(..., help="A model folder, a checkpoint or a run.", show_default=False),
+    model: Path | None = typer.Argument(None, help="A model folder, a checkpoint or a run.", show_default=False),
     backend: str = typer.Option(..., "--backend", metavar="NAME", help="The hardware: 'plugins --hook backends'."),
-    out: Path = typer.Option(..., "--out", metavar="DIR", help="The program folder to write."),
+    out: Path | None = typer.Option(None, "--out", metavar="DIR", help="The program folder to write."),
     settings: list[str] = typer.Option(
         [], "--set", metavar="OPTION=VALUE", help="Set an option of the backend, e.g. numerics=int8. May be repeated."
+    ),
+    setup: bool = typer.Option(
+        False, "--setup", help="First install what runs the backend's programs and no extra can bring; needs no MODEL."
     ),
     json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
 ) -> None:
@@ -21,10 +24,18 @@ def command(
     Every operation is placed. What cannot be is named, with the reason; nothing is left out silently. 'spiking-lm
     deploy DIR' runs the program.
     """
-    from spiking_lm import checkpoints, hardware
-    from spiking_lm.cli._output import console, print_json
+    from spiking_lm import checkpoints, doctor, hardware
+    from spiking_lm.cli._output import console, errors, print_json
     from spiking_lm.cli.convert import read_settings
+    from spiking_lm.errors import UsageError
 
+    if setup:
+        doctor.prepare(backend, lambda line: errors.print(line, markup=False, soft_wrap=True))
+        if model is None:
+            return
+    if model is None or out is None:
+        lacking = "a MODEL" if model is None else "--out DIR"
+        raise UsageError(f"lower needs {lacking}", hint="spiking-lm lower MODEL --backend NAME --out DIR")
     folder = checkpoints.resolve_model(model)
     program = hardware.lower(checkpoints.load_model(folder), backend, **read_settings(settings))
     tokenizer = folder / "tokenizer.json"
