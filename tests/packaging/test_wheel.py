@@ -26,6 +26,7 @@ PACKAGES = {
     "spiking_lm_bitspike",
     "spiking_lm_spikelm",
     "spiking_lm_spinnaker2",
+    "spiking_lm_lava",
 }
 
 SMOKE = """
