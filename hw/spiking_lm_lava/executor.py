@@ -285,6 +285,10 @@ class LavaSession:
         """End whatever is left of the worker's group, and the shared memory that nobody removed."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(worker.pid, signal.SIGKILL)
+            worker.wait()
+            for _ in range(100):  # until the last one is gone; where nobody collects the dead, not for ever
+                os.killpg(worker.pid, 0)
+                time.sleep(0.01)
         worker.wait()
         for pipe in (worker.stdin, worker.stdout):
             with contextlib.suppress(OSError):

@@ -24,6 +24,8 @@ from types import FrameType
 from typing import Any, NoReturn
 
 HERE = Path(__file__).resolve().parent
+_GRACE = 10.0
+"""Seconds to stop Lava in once the host has gone."""
 _LOOK_EVERY = 0.2
 """Seconds between two looks at Lava's processes."""
 DISTRIBUTIONS = ("lava-nc", "numpy", "scipy", "networkx", "asteval")
@@ -61,6 +63,7 @@ def main() -> NoReturn:
             process, configuration = build(task["network"], dict(arrays), task["files"])
         timings["build"] = time.perf_counter() - started - timings["import"]
         print(json.dumps({"ready": True}), file=answers)
+        _note_children()
         threading.Thread(target=_watch, daemon=True).start()
         done, timings["run"] = 0, 0.0
         while (request := requests.get()) is not None:
@@ -108,21 +111,32 @@ def _requests() -> SimpleQueue[dict[str, Any] | None]:
         queue.put(None)
         if _busy.is_set():
             os.kill(_PID, signal.SIGTERM)
+        time.sleep(_GRACE)  # still here: something is stuck, and perhaps there is nobody left who would end us
+        for memory in Path("/dev/shm").glob(f"{_PREFIX[0]}*") if _PREFIX else ():
+            memory.unlink(missing_ok=True)
+        os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=read, daemon=True).start()
     return queue
 
 
+def _note_children() -> None:
+    """Keep every process that is started from here on, as multiprocessing forgets those that have ended."""
+    start = multiprocessing.Process.start
+
+    def noted(self: Any) -> None:
+        _children.append(self)
+        start(self)
+
+    multiprocessing.Process.start = noted  # type: ignore[method-assign]
+
+
 def _watch() -> None:
     """Notice when one of Lava's processes ends while it should run: Lava itself would wait for its answer for ever."""
-    known: set[Any] = set()
     while not _leaving.is_set():
         time.sleep(_LOOK_EVERY)
-        if not _busy.is_set():
-            continue
-        known.update(multiprocessing.active_children())
-        for child in known:
-            if child.exitcode is not None:
+        for child in tuple(_children):
+            if _busy.is_set() and child.exitcode is not None:
                 reason = f"a process of Lava ended (exit code {child.exitcode})"
                 pipe = getattr(child, "_pconn", None)
                 if pipe is not None and not pipe.closed and pipe.poll() and (sent := pipe.recv()):
@@ -143,10 +157,12 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 _PID = os.getpid()
+_PREFIX: list[str] = []
 _busy = threading.Event()
 """Lava runs."""
 _leaving = threading.Event()
 """Signals have nothing more to say."""
+_children: list[Any] = []
 _failures: list[str] = []
 """What ended Lava's processes."""
 
@@ -163,6 +179,7 @@ def _name_shared_memory(prefix: str) -> None:
 
     if hasattr(shared_memory, "_SHM_NAME_PREFIX"):
         shared_memory._SHM_NAME_PREFIX = f"/{prefix}"
+        _PREFIX.append(prefix)
 
 
 def _versions() -> dict[str, str]:
