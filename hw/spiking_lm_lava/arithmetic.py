@@ -61,6 +61,8 @@ def shift_toward_zero(x: Int, bits: int) -> Int:
 
 def decayed(x: Int, decay: int) -> Int:
     """Return what is left of a state after a decay of ``decay`` / 4096, rounded toward zero."""
+    if decay == DECAY_UNITY:
+        return np.zeros_like(x)
     return shift_toward_zero(x * (DECAY_UNITY - decay), DECAY_SHIFT)
 
 

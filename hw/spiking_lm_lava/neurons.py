@@ -88,12 +88,15 @@ class LIF(Process):
         u, v = state["u"], state["v"]
         if self.reset_interval and t % self.reset_interval == self.reset_offset % self.reset_interval:
             u, v = np.zeros_like(u), np.zeros_like(v)
-        u = wrap_state(wrap_word(decayed(u, self.du + 1) + wrap_word(a << ALIGN_SHIFT)))
+        u = wrap_state(wrap_word(decayed(u, self.du + 1) + (a << ALIGN_SHIFT)))
         v = saturate(decayed(v, self.dv) + u + self.bias)
-        spikes: Int = (v > self.vth << ALIGN_SHIFT).astype(np.int64)
+        fires = v > self.vth << ALIGN_SHIFT
+        spikes = fires.astype(np.int64)
         if self.vth_lo is not None:
-            spikes = spikes - (v < self.vth_lo << ALIGN_SHIFT)
-        state["u"], state["v"] = u, np.where(spikes != 0, 0, v)
+            falls = v < self.vth_lo << ALIGN_SHIFT
+            spikes = spikes - falls
+            fires |= falls
+        state["u"], state["v"] = u, np.where(fires, 0, v)
         return (spikes,)
 
     def bounds(self, *arrived: Range) -> Bounds:
