@@ -115,25 +115,32 @@ class SpikingLinear(QuantizedLinear):
         super().__init__(n_in, n_out, bits=config.weights)
         self.neuron, self.name = make_neuron(config), name
 
-    def forward(self, x: Tensor, record: Record | None = None) -> Tensor:
-        """Multiply the spikes for currents ``x (T, B, S, I)`` with the matrix."""
-        (y,) = project(x, (self,), record)
+    def forward(self, x: Tensor, record: Record | None = None, *, gelu: bool = False) -> Tensor:
+        """Multiply the spikes for currents ``x (T, B, S, I)``, or for gelu(x), with the matrix."""
+        (y,) = project(x, (self,), record, gelu=gelu)
         return y
 
 
-def project(x: Tensor, layers: Sequence[SpikingLinear], record: Record | None = None) -> list[Tensor]:
-    """Return what each of ``layers`` makes of the same currents ``x (T, B, S, I)``.
+def project(
+    x: Tensor, layers: Sequence[SpikingLinear], record: Record | None = None, *, gelu: bool = False
+) -> list[Tensor]:
+    """Return what each of ``layers`` makes of the same currents ``x (T, B, S, I)``, or gelu(x).
 
     Where their neurons are interchangeable, one population spikes for all of them.
     """
     if len(layers) > 1 and not interchangeable(*(layer.neuron for layer in layers)):
-        return [project(x, (layer,), record)[0] for layer in layers]
-    spikes = fire(layers[0].neuron, x)
-    if record is not None:
-        for layer in layers:
-            record.fired(f"{layer.name}.neuron", layer.neuron, spikes, feeds=layer.name)
-    weights = [layer.effective_weight().t() for layer in layers]
-    ys = products.linears(spikes.flatten(0, -2), weights, [layer.bias for layer in layers])
+        return [project(x, (layer,), record, gelu=gelu)[0] for layer in layers]
+    neuron = layers[0].neuron
+    weights, biases = [layer.effective_weight().t() for layer in layers], [layer.bias for layer in layers]
+    ys: Sequence[Tensor]
+    if isinstance(neuron, Elastic) and (record is None or record.spikes is None):  # nobody wants to see the spikes
+        ys = neuron.fire_into(x.flatten(1, -2), weights, biases, gelu=gelu)
+    else:
+        spikes = fire(neuron, F.gelu(x) if gelu else x)
+        if record is not None:
+            for layer in layers:
+                record.fired(f"{layer.name}.neuron", layer.neuron, spikes, feeds=layer.name)
+        ys = products.linears(spikes.flatten(0, -2), weights, biases)
     return [y.view(*x.shape[:-1], -1) for y in ys]
 
 
@@ -274,7 +281,7 @@ class Block(nn.Module):
 
     def feed_forward(self, x: Tensor, record: Record | None) -> Tensor:
         """Return ``x (T, B, S, H)`` after the second half of the block."""
-        return cast(Tensor, self.norm2(x + self.dropout(self.down(F.gelu(self.up(x, record)), record))))
+        return cast(Tensor, self.norm2(x + self.dropout(self.down(self.up(x, record), record, gelu=True))))
 
 
 class MaskedHead(nn.Module):

@@ -6,18 +6,19 @@ training. They are no part of the state, which lives within one call and is pass
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spiking_lm.config import parse_config
 from spiking_lm.errors import DivergedError, UsageError
 from spiking_lm.interfaces import Neuron
-from spiking_lm.kernels import elastic_scan
+from spiking_lm.kernels import elastic_scan, products
 from spiking_lm.kernels.reference import LEAST_AMPLITUDE, compute_dtype
 from spiking_lm.neurons import membrane_dtype
 from spiking_lm_spikelm.neuron_config import STEPS, ElasticConfig
@@ -99,6 +100,19 @@ class Elastic(Neuron):
     def fire(self, x: Tensor) -> Tensor:
         """Return the spikes of currents ``x (T, ...)`` from rest, time first; nothing is carried on."""
         return self._run(x, 0, None, final=False)[0]
+
+    def fire_into(
+        self, x: Tensor, weights_t: Sequence[Tensor], biases: Sequence[Tensor], *, gelu: bool = False
+    ) -> tuple[Tensor, ...]:
+        """Return ``spikes @ weight_t + bias`` for each matrix ``(N, O)``, for currents ``x (T, M, N)`` from rest.
+
+        With ``gelu``, the currents are gelu(x).
+        """
+        if not self._ready or self._calibrating:
+            self._prepare(F.gelu(x) if gelu else x, 0, None)
+        c, alpha = self.config, self._amplitudes(0, len(x))
+        neurons = {"beta": c.beta, "bits": c.bits, "reset": c.reset}
+        return products.elastic_linears(x, alpha, weights_t, biases, gelu=gelu, **neurons)
 
     def _run(
         self, x: Tensor, first: int, carried: Tensor | None, *, final: bool = True

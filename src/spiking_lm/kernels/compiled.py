@@ -42,6 +42,7 @@ _DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 @lru_cache(maxsize=1)
 def _jit() -> ModuleType:
+    _keep_memory()
     from spiking_lm.kernels import jit
 
     return jit
@@ -98,6 +99,22 @@ def _memory(t: Tensor) -> Any:
     return t.detach().as_strided((span,), (1,)).numpy()
 
 
+def _keep_memory() -> None:
+    """Have the C library keep memory that was freed, up to 1 GB, for what is asked for next (Linux with glibc).
+
+    It would else go back to Linux after each training step and come again page by page in the next: a tenth of the
+    time. Whoever sets MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_THRESHOLD_ has decided.
+    """
+    if sys.platform != "linux" or any(f"MALLOC_{what}_THRESHOLD_" in os.environ for what in ("TRIM", "MMAP")):
+        return
+    try:
+        set_option = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    set_option(-1, 1 << 30)  # M_TRIM_THRESHOLD
+    set_option(-3, 1 << 25)  # M_MMAP_THRESHOLD, the highest there is
+
+
 @lru_cache(maxsize=1)
 def _madvise() -> Callable[[int, int, int], int] | None:
     if sys.platform != "linux":
@@ -148,15 +165,20 @@ def elastic_scan(
     dtype = compute_dtype(x, alpha, carried)
     flat = x.reshape(len(x), math.prod(x.shape[1:])).to(dtype)
     before = None if carried is None else carried.reshape(-1).to(dtype)
-    a = alpha.detach().to(dtype).numpy()
-    size, half = np.maximum(a, a.dtype.type(LEAST_AMPLITUDE)), a.dtype.type(0.5 if bits == 2 else 0.0)
-    rest = [a - size, a - size if reset == "symmetric" else a + size, a]
-    factors = np.stack([half * size, size, *(a.dtype.type(beta) * r for r in rest)], 1)
+    factors = elastic_factors(alpha, dtype, beta=beta, bits=bits, reset=reset)
     if torch.is_grad_enabled() and (flat.requires_grad or (before is not None and before.requires_grad)):
         spikes, after = _Elastic.apply(flat, before, factors, final)
     else:
         spikes, after = _elastic_forward(flat, before, factors, final)
     return spikes.to(x.dtype).view(x.shape), None if after is None else after.view(x.shape[1:])
+
+
+def elastic_factors(alpha: Tensor, dtype: torch.dtype, *, beta: float, bits: int, reset: str) -> Any:
+    """Return ``(T, 5)``, per step: bound, amplitude, and what a membrane is multiplied with where it is carried on."""
+    a = alpha.detach().to(dtype).numpy()
+    size, half = np.maximum(a, a.dtype.type(LEAST_AMPLITUDE)), a.dtype.type(0.5 if bits == 2 else 0.0)
+    rest = [a - size, a - size if reset == "symmetric" else a + size, a]
+    return np.stack([half * size, size, *(a.dtype.type(beta) * r for r in rest)], 1)
 
 
 def _elastic_forward(x: Tensor, before: Tensor | None, factors: Any, final: bool) -> tuple[Tensor, Tensor | None]:

@@ -105,7 +105,7 @@ def _parse(setting: str) -> Mapping[str, str]:
     return wanted
 
 
-def _forced(op: str) -> tuple[str, str] | None:
+def forced(op: str) -> tuple[str, str] | None:
     """Return the implementation that was asked for by name and by whom, or None."""
     name = _asked.get().get(op)
     if name is not None:
@@ -123,9 +123,9 @@ def call(op: str, *args: Any, **kwargs: Any) -> Any:
 
     Raises: KernelUnavailableError with the reasons when none can run, or when the forced one cannot.
     """
-    forced = _forced(op)
-    if forced is not None:
-        name, source = forced
+    asked = forced(op)
+    if asked is not None:
+        name, source = asked
         one = _named(op, name, hint=f"it is asked for by {source}")
         reason = one.refusal(args, kwargs)
         if reason is None:
@@ -147,13 +147,13 @@ def explain_choice(op: str, *args: Any, **kwargs: Any) -> list[tuple[str, Litera
 
     The first True is the one that would run. An implementation that is forced makes all the others say so.
     """
-    forced = _forced(op)
-    if forced is not None:
-        _named(op, forced[0], hint=f"it is asked for by {forced[1]}")
+    asked = forced(op)
+    if asked is not None:
+        _named(op, asked[0], hint=f"it is asked for by {asked[1]}")
     answers: list[tuple[str, Literal[True] | str]] = []
     for one in _implementations(op):
-        if forced is not None and one.name != forced[0]:
-            answers.append((one.name, f"passed over: {forced[1]} asks for {forced[0]!r}"))
+        if asked is not None and one.name != asked[0]:
+            answers.append((one.name, f"passed over: {asked[1]} asks for {asked[0]!r}"))
         else:
             answers.append((one.name, one.refusal(args, kwargs) or True))
     return answers

@@ -2,7 +2,7 @@
 
 Every kernel works on ``start ... stop`` of its independent units, so that threads can share them, and lets go of the
 interpreter's lock. Arrays come as their memory, one-dimensional, with distances between steps beside them: one compiled
-form serves every layout. Machine code is kept on disk, per processor and version of this file.
+form serves every layout.
 
 Nothing is reordered or contracted but in sums over a row of attention, where order is nobody's business. So what the
 scans compute is, operation by operation, what their definitions compute.
@@ -10,192 +10,9 @@ scans compute is, operation by operation, what their definitions compute.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
-
-import llvmlite.binding
-import numba
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
-from spiking_lm.data.tokenfile import default_cache_dir
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-BLOCK = 4096
-"""Elements that go through all their steps together: what they carry stays in the cache."""
-
-_WIDE = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
-ROWS, COLUMNS = (8, 32) if _WIDE else (4, 16)
-"""Size of the tile of a product whose sums stay in registers."""
-PAD = 32
-"""Rows and columns of matrices in the cache are multiples of this, and so of the tile."""
-
-
-def compiled(**options: Any) -> Callable[[F], F]:
-    """Compile a function when it is first called, and keep the result in the package's cache folder."""
-
-    def decorate(function: F) -> F:
-        stated, numba.config.CACHE_DIR = (
-            numba.config.CACHE_DIR,
-            numba.config.CACHE_DIR or str(default_cache_dir() / "numba"),
-        )
-        try:
-            kernel: F = numba.njit(nogil=True, cache=True, error_model="numpy", **options)(function)
-        except RuntimeError:  # no folder can be written to
-            kernel = numba.njit(nogil=True, error_model="numpy", **options)(function)
-        finally:
-            numba.config.CACHE_DIR = stated
-        return kernel
-
-    return decorate
-
-
-# -- exponentials and tiles, which Python cannot say -------------------------------------------------------------------
-
-_EXP: dict[str, tuple[float, ...]] = {
-    # the least argument, 1.5 * 2^mantissa bits, the two parts of ln 2 (Cephes)
-    "float": (-87.33, 12582912.0, 0.693359375, -2.12194440e-4),
-    "double": (-708.0, 6755399441055744.0, 6.93145751953125e-1, 1.42860682030941723212e-6),
-}
-_POLYNOMIAL: dict[str, tuple[float, ...]] = {
-    "float": (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1),
-    "double": tuple(1.0 / float(np.prod(np.arange(1.0, k + 1))) for k in range(13, 1, -1)),
-}
-
-
-@intrinsic
-def exp(typing: Any, x: Any) -> Any:
-    """exp(x) for x up to 80, as plain arithmetic that a loop can do for many elements at once; 0 where it is tiny."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        (x,) = args
-        name = "float" if x.type == ir.FloatType() else "double"
-        bits, mantissa, bias = (ir.IntType(32), 23, 127) if name == "float" else (ir.IntType(64), 52, 1023)
-        least, magic, high, low = (ir.Constant(x.type, value) for value in _EXP[name])
-        shifted = builder.fadd(builder.fmul(x, ir.Constant(x.type, 1.4426950408889634)), magic)
-        n = builder.fsub(shifted, magic)
-        r = builder.fsub(builder.fsub(x, builder.fmul(n, high)), builder.fmul(n, low))
-        y = ir.Constant(x.type, _POLYNOMIAL[name][0])
-        for coefficient in _POLYNOMIAL[name][1:]:
-            y = builder.fadd(builder.fmul(y, r), ir.Constant(x.type, coefficient))
-        y = builder.fadd(builder.fadd(builder.fmul(y, builder.fmul(r, r)), r), ir.Constant(x.type, 1.0))
-        whole = builder.sub(builder.bitcast(shifted, bits), builder.bitcast(magic, bits))
-        power = builder.shl(builder.add(whole, ir.Constant(bits, bias)), ir.Constant(bits, mantissa))
-        y = builder.fmul(y, builder.bitcast(power, x.type))
-        return builder.select(builder.fcmp_ordered("<", x, least), ir.Constant(x.type, 0.0), y)
-
-    return x(x), emit
-
-
-@intrinsic
-def where(typing: Any, condition: Any, yes: Any, no: Any) -> Any:
-    """One of two numbers, as the instruction: branches that Python's ``if`` makes of nested choices stay branches."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.select(*args)
-
-    return yes(types.boolean, yes, yes), emit
-
-
-_FUSED = llvmlite.binding.get_host_cpu_features().get("fma", "aarch64" in llvmlite.binding.get_process_triple())
-
-
-@intrinsic
-def fma(typing: Any, x: Any, y: Any, z: Any) -> Any:
-    """x y + z, rounded once where the processor can, as torch does it."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.fma(*args) if _FUSED else builder.fadd(builder.fmul(args[0], args[1]), args[2])
-
-    return z(z, z, z), emit
-
-
-def _splat(builder: Any, value: Any, lanes: int) -> Any:
-    undefined, index = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined), ir.IntType(32)
-    first = builder.insert_element(undefined, value, ir.Constant(index, 0))
-    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(index, lanes), [0] * lanes))
-
-
-def _at(builder: Any, address: Any, offset: Any, kind: Any) -> Any:
-    """Return a pointer to ``kind`` at an address and an offset, both in bytes."""
-    offset = ir.Constant(address.type, offset) if isinstance(offset, int) else offset
-    return builder.inttoptr(builder.add(address, offset), kind.as_pointer())
-
-
-@intrinsic
-def _largest_of_sixteens(typing: Any, address: Any, count: Any, start: Any) -> Any:
-    """The largest of ``start`` and ``count`` times sixteen numbers: a plain running maximum is found one by one."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        address, count, start = args
-        vector, size = ir.VectorType(start.type, 16), 4 if start.type == ir.FloatType() else 8
-        lanes = cgutils.alloca_once_value(builder, _splat(builder, start, 16))
-        with cgutils.for_range(builder, count) as loop:
-            offset = builder.mul(loop.index, ir.Constant(address.type, 16 * size))
-            x, top = builder.load(_at(builder, address, offset, vector), align=size), builder.load(lanes)
-            builder.store(builder.select(builder.fcmp_ordered(">", x, top), x, top), lanes)
-        top = start
-        for i in range(16):
-            x = builder.extract_element(builder.load(lanes), ir.Constant(ir.IntType(32), i))
-            top = builder.select(builder.fcmp_ordered(">", x, top), x, top)
-        return top
-
-    return start(types.intp, types.intp, start), emit
-
-
-@intrinsic
-def _tile(
-    typing: Any, c: Any, c_row: Any, a: Any, a_row: Any, a_column: Any, b: Any, b_row: Any, n: Any, scale: Any
-) -> Any:
-    """c = scale a b for ROWS x COLUMNS of c and n columns of a: addresses, and distances in bytes."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        c, c_row, a, a_row, a_column, b, b_row, n, scale = args
-        lanes = 64 // (4 if scale.type == ir.FloatType() else 8)
-        vector = ir.VectorType(scale.type, lanes)
-        align, across = 64 // lanes, range(COLUMNS // 16)
-        sums = [[cgutils.alloca_once(builder, vector) for _ in across] for _ in range(ROWS)]
-        for place in (place for row in sums for place in row):
-            builder.store(ir.Constant(vector, [0.0] * lanes), place)
-        with cgutils.for_range(builder, n) as loop:
-            at_b = builder.add(b, builder.mul(loop.index, b_row))
-            at_a = builder.add(a, builder.mul(loop.index, a_column))
-            row_of_b = [builder.load(_at(builder, at_b, 64 * j, vector), align=align) for j in across]
-            for i in range(ROWS):
-                offset = builder.mul(a_row, ir.Constant(a_row.type, i))
-                x = _splat(builder, builder.load(_at(builder, at_a, offset, scale.type)), lanes)
-                for j in across:
-                    product = builder.fmul(x, row_of_b[j], flags=["contract"])
-                    builder.store(builder.fadd(product, builder.load(sums[i][j]), flags=["contract"]), sums[i][j])
-        factor = _splat(builder, scale, lanes)
-        for i in range(ROWS):
-            at_c = builder.add(c, builder.mul(c_row, ir.Constant(c_row.type, i)))
-            for j in across:
-                value = builder.fmul(builder.load(sums[i][j]), factor)
-                builder.store(value, _at(builder, at_c, 64 * j, vector), align=align)
-        return context.get_dummy_value()
-
-    return types.void(*(types.intp,) * 8, scale), emit
-
-
-@compiled()
-def _product(c, a, across, b, rows, columns, n, scale):
-    """c = scale a b, or scale a^T b with ``across``, for padded matrices in the cache; n is the length of the sums."""
-    size = c.itemsize
-    a_row, a_column = (size, a.shape[1] * size) if across else (a.shape[1] * size, size)
-    wide = COLUMNS * 4 // size
-    for j in range(0, columns, wide):
-        for i in range(0, rows, ROWS):
-            _tile(
-                c.ctypes.data + i * c.shape[1] * size + j * size, c.shape[1] * size,
-                a.ctypes.data + i * a_row, a_row, a_column,
-                b.ctypes.data + j * size, b.shape[1] * size, n, scale,
-            )  # fmt: skip
-
+from spiking_lm.kernels.jit_core import BLOCK, PAD, aligned, compiled, exp, fma, largest_of_sixteens, product, where
 
 # -- attention ---------------------------------------------------------------------------------------------------------
 
@@ -244,7 +61,7 @@ def _dot(x, y, n):
 def _largest(x):
     """The largest of some numbers; what is no number is passed over."""
     whole = len(x) - len(x) % 16
-    top = _largest_of_sixteens(x.ctypes.data, whole // 16, x[0])
+    top = largest_of_sixteens(x.ctypes.data, whole // 16, x[0])
     for j in range(whole, len(x)):
         top = where(x[j] > top, x[j], top)
     return top
@@ -277,15 +94,15 @@ def attention_forward(start, stop, shape, q, k, v, q_at, k_at, v_at, mask, mask_
     """Units are steps x rows of the batch x heads; ``*_at`` are distances between steps, rows, heads and places."""
     _, batch, heads, queries, length, size = shape
     rows, columns, width = _padded(queries), _padded(length), _padded(size)
-    a, c, out = np.zeros((rows, width), q.dtype), np.zeros((rows, columns), q.dtype), np.zeros((rows, width), q.dtype)
-    kt, b = np.zeros((width, columns), q.dtype), np.zeros((columns, width), q.dtype)
+    a, c, out = aligned(rows, width, q), aligned(rows, columns, q), aligned(rows, width, q)
+    kt, b = aligned(width, columns, q), aligned(columns, width, q)
     one = q.dtype.type(1)
     for unit in range(start, stop):
         h, n, t = unit % heads, unit // heads % batch, unit // heads // batch
         _take(q, t * q_at[0] + n * q_at[1] + h * q_at[2], q_at[3], queries, size, a)
         _take_across(k, t * k_at[0] + n * k_at[1] + h * k_at[2], k_at[3], length, size, kt)
         _take(v, t * v_at[0] + n * v_at[1] + h * v_at[2], v_at[3], length, size, b)
-        _product(c, a, False, kt, rows, columns, size, scale)
+        product(c, a, False, kt, rows, columns, size, scale)
         _softmax(c, mask, n * mask_at[0], mask_at[1], queries, length)
         if len(keep):
             for i in range(queries):
@@ -293,7 +110,7 @@ def attention_forward(start, stop, shape, q, k, v, q_at, k_at, v_at, mask, mask_
                 left = keep[at : at + length]
                 for j in range(length):
                     line[j] *= left[j]
-        _product(out, c, False, b, rows, width, length, one)
+        product(out, c, False, b, rows, width, length, one)
         _put(out, queries, size, y, ((t * batch + n) * queries * heads + h) * size, heads * size)
 
 
@@ -302,11 +119,11 @@ def attention_backward(start, stop, shape, q, k, v, q_at, k_at, v_at, mask, mask
     """The weights are computed anew: that is quicker than reading them."""
     _, batch, heads, queries, length, size = shape
     rows, columns, width = _padded(queries), _padded(length), _padded(size)
-    a, ga = np.zeros((rows, width), q.dtype), np.zeros((rows, width), q.dtype)
-    w, gw = np.zeros((rows, columns), q.dtype), np.zeros((rows, columns), q.dtype)
-    dropped = np.zeros((rows, columns), q.dtype)
-    kt, vt = np.zeros((width, columns), q.dtype), np.zeros((width, columns), q.dtype)
-    b, out = np.zeros((columns, width), q.dtype), np.zeros((max(rows, columns), width), q.dtype)
+    a, ga = aligned(rows, width, q), aligned(rows, width, q)
+    w, gw = aligned(rows, columns, q), aligned(rows, columns, q)
+    dropped = aligned(rows, columns, q)
+    kt, vt = aligned(width, columns, q), aligned(width, columns, q)
+    b, out = aligned(columns, width, q), aligned(max(rows, columns), width, q)
     ones, one = np.ones(length, q.dtype), q.dtype.type(1)
     for unit in range(start, stop):
         h, n, t = unit % heads, unit // heads % batch, unit // heads // batch
@@ -316,9 +133,9 @@ def attention_backward(start, stop, shape, q, k, v, q_at, k_at, v_at, mask, mask
         _take(k, at_k, k_at[3], length, size, b)
         _take_across(v, t * v_at[0] + n * v_at[1] + h * v_at[2], v_at[3], length, size, vt)
         _take(g, t * g_at[0] + n * g_at[1] + h * g_at[2], g_at[3], queries, size, ga)
-        _product(w, a, False, kt, rows, columns, size, scale)
+        product(w, a, False, kt, rows, columns, size, scale)
         _softmax(w, mask, n * mask_at[0], mask_at[1], queries, length)
-        _product(gw, ga, False, vt, rows, columns, size, one)
+        product(gw, ga, False, vt, rows, columns, size, one)
         for i in range(queries):
             at, weights, mixed, slope = ((n * heads + h) * queries + i) * length, w[i], dropped[i], gw[i]
             left = keep[at : at + length] if len(keep) else ones
@@ -329,11 +146,11 @@ def attention_backward(start, stop, shape, q, k, v, q_at, k_at, v_at, mask, mask
             for j in range(length):
                 slope[j] = weights[j] * (slope[j] - mean)
         to_k = ((t * batch + n) * length * heads + h) * size
-        _product(out, dropped, True, ga, columns, width, queries, one)
+        product(out, dropped, True, ga, columns, width, queries, one)
         _put(out, length, size, gv, to_k, heads * size)
-        _product(out, gw, True, a, columns, width, queries, scale)
+        product(out, gw, True, a, columns, width, queries, scale)
         _put(out, length, size, gk, to_k, heads * size)
-        _product(out, gw, False, b, rows, width, length, scale)
+        product(out, gw, False, b, rows, width, length, scale)
         _put(out, queries, size, gq, ((t * batch + n) * queries * heads + h) * size, heads * size)
 
 

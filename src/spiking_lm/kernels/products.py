@@ -13,8 +13,12 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from spiking_lm.kernels import compiled_layers
+from spiking_lm.kernels.ops import elastic_scan
 
 MIN_WORK = 2_000_000
 """Multiply-adds from which a product is worth oneDNN's preparations, about 12 microseconds."""
@@ -80,6 +84,28 @@ def linears(x: Tensor, weights_t: Sequence[Tensor], biases: Sequence[Tensor]) ->
     return tuple(torch.addmm(bias, x, weight_t) for weight_t, bias in zip(weights_t, biases, strict=True))
 
 
+def elastic_linears(
+    x: Tensor,
+    alpha: Tensor,
+    weights_t: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    *,
+    gelu: bool = False,
+    **neurons: Any,
+) -> tuple[Tensor, ...]:
+    """Return ``s (T, M, K) @ weight_t (K, N) + bias`` for each weight, s being the spikes of currents ``x (T, M, K)``.
+
+    With ``gelu``, x goes through that first. ``neurons`` are what ``elastic_scan`` takes: beta, bits and reset.
+    Compiled where that fits, without spikes ever being written to memory; gradients can then be taken once.
+    """
+    work = x.numel() * min(w.shape[1] for w in weights_t)
+    if work >= MIN_WORK and compiled_layers.takes_elastic(x, alpha, weights_t, biases):
+        return compiled_layers.elastic_linears(x, alpha, weights_t, biases, gelu=gelu, **neurons)
+    spikes, _ = elastic_scan(F.gelu(x) if gelu else x, alpha, final=False, **neurons)
+    ys = linears(spikes.flatten(0, 1), weights_t, biases)
+    return tuple(y.view(*x.shape[:-1], -1) for y in ys)
+
+
 def _sum_of_products(xs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     """Return the sum of ``x (M, K) @ weight (K, N)``; no gradient is recorded."""
     total = product(xs[0], weights[0])
@@ -103,6 +129,9 @@ class _Linears(torch.autograd.Function):
         x, *weights_t = ctx.saved_tensors
         needs_x, *needs = ctx.needs_input_grad
         n = len(weights_t)
+        if all(needs) and compiled_layers.usable(x, weights_t):
+            gx, gws, gbs = compiled_layers.gradients(x[None], compiled_layers.NONE, weights_t, grads, needs_x=needs_x)
+            return (None if gx is None else gx[0], *gws, *gbs)
         return (
             _sum_of_products(grads, [w.t() for w in weights_t]) if needs_x else None,
             *(product(x.t(), gy) if need else None for gy, need in zip(grads, needs[:n], strict=True)),
