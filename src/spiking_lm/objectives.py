@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from spiking_lm.data import ClipData, Data, LabelledData, PairData, TextData
 from spiking_lm.data.masking import HiddenTokens
-from spiking_lm.data.sampling import Stream, epoch_order, gather, sample_offsets
+from spiking_lm.data.sampling import Stream, gather, sample_offsets, visited
 from spiking_lm.errors import ConfigError, UsageError
 from spiking_lm.evaluation import Scores, classify_examples, correlation, score_hidden, score_tokens
 from spiking_lm.interfaces import (
@@ -254,10 +254,7 @@ class Labels(Objective):
 
     def batch(self, index: int, device: torch.device) -> LabelledBatch:
         """Return micro-batch ``index``; every example occurs once in an epoch."""
-        n, size = len(self.data.train), self.config.batch_size
-        places = np.arange(index * size, (index + 1) * size)
-        orders = {int(epoch): epoch_order(n, self.seed, int(epoch)) for epoch in np.unique(places // n)}
-        chosen = [int(orders[int(place // n)][place % n]) for place in places]
+        chosen = visited(len(self.data.train), self.config.batch_size, self.seed, index)
         examples: list[Any] = [self.data.train[place] for place in chosen]
         inputs, lengths = (torch.from_numpy(part).to(device) for part in self.data.batch(examples, self.config.seq_len))
         labels = torch.tensor([example.label for example in examples], device=device)

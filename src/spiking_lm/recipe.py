@@ -1,4 +1,4 @@
-"""Recipes: the schema of one run, as data, and how a recipe is found, extended, overridden and checked.
+"""Recipes: the schema of one run, as data, and how a recipe is overridden and checked.
 
 Nothing here imports torch, and nothing that a recipe says is ever imported, evaluated or expanded: every ``type`` is a
 name that an installed plugin registered.
@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_valid
 from spiking_lm import registry, safeyaml
 from spiking_lm.config import StrictModel, parse_config
 from spiking_lm.errors import PluginError, RecipeError, SpikingLMError, UnknownNameError, did_you_mean
+from spiking_lm.recipe_files import choice_of, find_recipe, read_recipe
 from spiking_lm.stages import (
     SAFE_PART,
     STAGES,
@@ -41,11 +42,6 @@ _SLOTS = {
     ("deploy",): "backends",
 }
 """Where a recipe names something registered: ``type`` chooses it, and its configuration class checks the other keys."""
-
-
-def _choice(path: tuple[str, ...]) -> str:
-    """Return the key that chooses: a deployment has no type, it has a backend."""
-    return "backend" if path == ("deploy",) else "type"
 
 
 _FROM_DATA: dict[str, Any] = {"vocab_size": 2, "num_classes": 2, "frame_shape": (2, 2, 2)}
@@ -112,7 +108,7 @@ def load_recipe(path_or_name: str | Path, overrides: Overrides = ()) -> Recipe:
     plugin that the recipe requires is not active; MissingExtraError.
     """
     path = find_recipe(path_or_name)
-    return resolve(_read_extended(path), overrides, where=f"recipe {path_or_name}")
+    return resolve(read_recipe(path), overrides, where=f"recipe {path_or_name}")
 
 
 def resolve(document: dict[str, Any], overrides: Overrides = (), *, where: str = "recipe") -> Recipe:
@@ -177,28 +173,12 @@ def _variants(document: dict[str, Any], given: Mapping[str, Mapping[str, Any]], 
 def _spell_out(recipe: Recipe, variant: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return a variant's values; where it chooses another type, with all fields of that type."""
     ours, theirs = (one.model_dump(mode="json", by_alias=True) for one in (recipe, variant))
-    switched = [slot for slot in _SLOTS if _at(theirs, at := (*slot, _choice(slot))) not in (None, _at(ours, at))]
+    switched = [slot for slot in _SLOTS if _at(theirs, at := (*slot, choice_of(slot))) not in (None, _at(ours, at))]
     if not switched:
         return dict(given)
     outer = [slot for slot in switched if slot[:-1] not in switched]
     kept = {path: value for path, value in _flatten((), given) if not any(path[: len(at)] == at for at in outer)}
     return {".".join(path): value for path, value in [*((at, _at(theirs, at)) for at in outer), *kept.items()]}
-
-
-def find_recipe(path_or_name: str | Path) -> Path:
-    """Return the file of a recipe: a path as it is, a name through the registry."""
-    text = str(path_or_name)
-    if isinstance(path_or_name, Path) or text.endswith((".yaml", ".yml")):
-        return Path(path_or_name)
-    try:
-        path: Path = registry.get("recipes", text).spec.path
-    except UnknownNameError as error:
-        if Path(text + ".yaml").is_file():
-            error.hint = f"did you mean the file {text + '.yaml'!r}?"
-        elif Path(text).exists() or text.startswith((".", "/", "~")):
-            error.hint = "a name is looked up among the installed recipes; the name of a file ends in .yaml"
-        raise
-    return path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,12 +215,12 @@ def json_schema() -> dict[str, Any]:
                 continue
             option = entry.load("config").model_json_schema()
             definitions.update(option.pop("$defs", {}))
-            properties = {_choice(path): {"const": name}, **option.get("properties", {})}
+            properties = {choice_of(path): {"const": name}, **option.get("properties", {})}
             for field, other in slots_below.items():
                 if field in properties or (path == ("data",) and not _holds_clips(name)):
                     properties[field] = {"$ref": f"#/$defs/{other}"}
             required = [field for field in option.get("required", ()) if field not in _FROM_DATA]
-            options.append({**option, "properties": properties, "required": [_choice(path), *required]})
+            options.append({**option, "properties": properties, "required": [choice_of(path), *required]})
         definitions[kind] = {"oneOf": options}
     for path, kind in _SLOTS.items():
         if len(path) == 1 and definitions[kind]["oneOf"]:
@@ -255,66 +235,20 @@ def split_choice(config: Mapping[str, Any], key: str = "type") -> tuple[str, dic
     return config[key], {name: value for name, value in config.items() if name != key}
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------
-
-
-def _read_extended(path: Path) -> dict[str, Any]:
-    """Read a recipe file and, when it extends another, merge it over that one."""
-    document = safeyaml.read(path)
-    if "extends" not in document:
-        return document
-    base_name = document.pop("extends")
-    where = f"recipe {path}, extends"
-    if not isinstance(base_name, str):
-        raise RecipeError(f"{where}: expected the name of one recipe, got {base_name!r}")
-    if base_name.endswith((".yaml", ".yml")):
-        base_path = path.parent / base_name
-        if (
-            Path(base_name).name != base_name
-            or "\\" in base_name
-            or base_path.resolve().parent != path.parent.resolve()
-        ):
-            raise RecipeError(
-                f"{where}: {base_name!r} is not a file in the same folder", hint="name an installed recipe"
-            )
-    else:
-        base_path = find_recipe(base_name)
-    base = safeyaml.read(base_path)
-    if "extends" in base:
-        raise RecipeError(
-            f"{where}: {base_name!r} itself extends {base['extends']!r}",
-            hint="only one level is allowed: extend the original, or copy it",
-        )
-    return _merge(base, document)
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Lay ``over`` on ``base``, mapping by mapping; a mapping with another ``type`` takes nothing from the base's."""
-    merged = dict(base)
-    for key, value in over.items():
-        below = base.get(key)
-        if isinstance(value, dict) and isinstance(below, dict) and _same_choice(key, below, value):
-            merged[key] = _merge(below, value)
-        else:
-            merged[key] = value
-    return merged
-
-
-def _same_choice(key: str, below: dict[str, Any], value: dict[str, Any]) -> bool:
-    return value.get(_choice((key,))) in (None, below.get(_choice((key,))))
+# -- what is installed ------------------------------------------------------------------------------------------------
 
 
 def _describe(name: str, entry: registry.Registered) -> RecipeInfo:
     info = RecipeInfo(name, entry.spec.path, entry.plugin.name)
     try:
-        document = _read_extended(entry.spec.path)
+        document = read_recipe(entry.spec.path)
     except SpikingLMError as error:
         return dataclasses.replace(info, error=error.message)
     extras: dict[str, None] = {}
     variants = _at(document, ("compare", "variants"))
     changes = [dict(_flatten((), values)) for values in (variants.values() if isinstance(variants, dict) else ())]
     for path, kind in _SLOTS.items():
-        choice = (*path, _choice(path))
+        choice = (*path, choice_of(path))
         for type_name in (_at(document, choice), *(values.get(choice) for values in changes)):
             used = registry.all(kind).get(str(type_name))
             if used is not None and used.missing() and used.spec.extra:
@@ -447,7 +381,7 @@ def _check_conversion(recipe: Recipe, where: str) -> dict[str, Any]:
 
 def _check_slot(path: tuple[str, ...], values: Any, where: str) -> dict[str, Any]:
     """Return ``values`` completed with the defaults of the configuration class that its ``type`` names."""
-    where, choice = f"{where}: {'.'.join(path)}", _choice(path)
+    where, choice = f"{where}: {'.'.join(path)}", choice_of(path)
     if not isinstance(values, dict):
         raise RecipeError(f"{where}: expected a mapping with a {choice!r}, got {values!r}")
     if not isinstance(values.get(choice), str):
@@ -498,7 +432,7 @@ def _in_order(overrides: Overrides) -> list[tuple[tuple[str, ...], Any]]:
             if not equals or not all(key.strip().split(".")):
                 raise RecipeError(f"--set {text!r}: cannot be understood", hint="write --set path.to.field=value")
             pairs.append((tuple(key.strip().split(".")), _Written(value)))
-    return sorted(pairs, key=lambda pair: len(pair[0]) if pair[0][-1] == _choice(pair[0][:-1]) else 1000)
+    return sorted(pairs, key=lambda pair: len(pair[0]) if pair[0][-1] == choice_of(pair[0][:-1]) else 1000)
 
 
 def _flatten(prefix: tuple[str, ...], values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -541,7 +475,7 @@ def _override(document: dict[str, Any], path: tuple[str, ...], value: Any) -> No
         if not isinstance(here.get(key), dict):
             here[key] = _default(document, path[:depth])
         here = here[key]
-    if path[:-1] in _SLOTS and path[-1] == _choice(path[:-1]) and here.get(path[-1]) != value:
+    if path[:-1] in _SLOTS and path[-1] == choice_of(path[:-1]) and here.get(path[-1]) != value:
         # A new type keeps only what it knows too; `--set model.neuron.type=x` need not spell out what to drop.
         known = _fields(path[:-1], str(value), f"--set {'.'.join(path[:-1])}")
         for key in [key for key in here if key not in known]:
@@ -566,7 +500,7 @@ def _annotation(document: dict[str, Any], path: tuple[str, ...]) -> Any:
 
 def _fields_below(document: dict[str, Any], path: tuple[str, ...], annotation: Any) -> dict[str, Any] | None:
     if path in _SLOTS:
-        choice = _choice(path)
+        choice = choice_of(path)
         chosen = _at(document, (*path, choice)) or _at(_default(document, path), (choice,))
         if not isinstance(chosen, str):
             field = ".".join((*path, choice))
@@ -585,7 +519,7 @@ def _fields(path: tuple[str, ...], chosen: str, where: str) -> dict[str, Any]:
     cls = _config_class(_SLOTS[path], chosen, where)
     fields = {name: field.annotation for name, field in cls.model_fields.items()}
     with_tokenizer = path == ("data",) and not _holds_clips(chosen)
-    return {**fields, _choice(path): str, **({"tokenizer": dict} if with_tokenizer else {})}
+    return {**fields, choice_of(path): str, **({"tokenizer": dict} if with_tokenizer else {})}
 
 
 def _default(document: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:

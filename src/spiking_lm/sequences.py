@@ -22,12 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spiking_lm import registry
 from spiking_lm.data import EncodedPair, PairData
 from spiking_lm.data.pairs import PairBatch
 from spiking_lm.data.sampling import visited
 from spiking_lm.errors import ConfigError, DataError, UsageError
-from spiking_lm.evaluation import LOGITS_AT_ONCE, Activity, Scores
+from spiking_lm.evaluation import LOGITS_AT_ONCE, Activity, Scores, measure
 from spiking_lm.generation import evaluating, write_targets
 from spiking_lm.interfaces import LMOutput, SpikingLanguageModel, longest_text
 from spiking_lm.objectives import Objective
@@ -148,10 +147,7 @@ def evaluate_pairs(model: SpikingLanguageModel, data: PairData, config: Evaluate
     check_lengths(model, data, config.split)
     activity = Activity()
     scores = score_targets(model, data, pairs, config.batch_size, activity if model.spike_sites() else None)
-    names = config.metrics if config.metrics is not None else list(registry.all("metrics"))
-    metrics: dict[str, float] = {}
-    for name in names:
-        metrics.update(registry.get("metrics", name).load("function")(scores))
+    metrics = measure(scores, config.metrics)
     written = write_all(model, data, pairs, config.batch_size)
     targets, sources = [pair.pair.target for pair in pairs], [pair.pair.source for pair in pairs]
     copied = compare_texts(sources, targets)

@@ -14,7 +14,8 @@ from spiking_lm import data, training
 from spiking_lm.checkpoints import load_model
 from spiking_lm.cli import _guarded
 from spiking_lm.errors import InterruptedRunError, RecipeError
-from spiking_lm.recipe import find_recipe, load_recipe, resolve
+from spiking_lm.recipe import load_recipe, resolve
+from spiking_lm.recipe_files import find_recipe
 from spiking_lm.rundir import RunDir
 from spiking_lm.runs import plan, run_recipe
 

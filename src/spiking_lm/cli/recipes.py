@@ -56,7 +56,8 @@ def cp(
     """Copy a recipe, comments included, as the start of your own."""
     from spiking_lm.errors import UsageError
     from spiking_lm.files import atomic_write
-    from spiking_lm.recipe import find_recipe, load_recipe
+    from spiking_lm.recipe import load_recipe
+    from spiking_lm.recipe_files import find_recipe
 
     load_recipe(name)
     source = find_recipe(name)

@@ -7,13 +7,14 @@ import json
 import math
 import re
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from spiking_lm.data.configs import EmbeddedConfig, FoldConfig, HeldOutConfig, TableConfig, TreebankConfig
 from spiking_lm.data.corpora import EMBEDDED
 from spiking_lm.data.sets import SPLITS, Example, LabelledCorpus
-from spiking_lm.data.sources import find_one, find_optional, read_lines, split_names
+from spiking_lm.data.sources import fill_splits, find_one, find_optional, find_splits, read_lines, split_names
 from spiking_lm.errors import DataError
 
 _EXTENSIONS = ("tsv", "txt", "label", "")
@@ -111,25 +112,14 @@ def tsv(config: TableConfig) -> LabelledCorpus:
     """Any labelled set: tab-separated with a header ``label``, ``text``; one file, or train, valid, test files."""
     path = config.path.expanduser()
     layout = "a file with the header 'label<TAB>text', or train.tsv, valid.tsv and test.tsv in one folder"
-    if path.is_file():
-        train_file, valid_file, test_file = path, None, None
-    else:
-        train_file = find_one(split_names(path, "train", ("tsv",)), "labelled set", layout)
-        valid_file = find_optional(split_names(path, "valid", ("tsv",)))
-        test_file = find_optional(split_names(path, "test", ("tsv",)))
+    train_file, *others = find_splits(path, "labelled set", ("tsv",), layout)
     rows = _table_rows(train_file, read_lines(train_file), required=True)
     labels = sorted({row.label or "" for row in rows}, key=lambda label: (not label.isdigit(), label.zfill(12)))
     if len(labels) < 2:
         raise DataError(f"{train_file} has {len(labels)} different labels, at least two are needed")
-    train = _examples(train_file, labels)
-    if test_file:
-        test = _examples(test_file, labels)
-    else:
-        train, test = _hold_out(train, config.test)
-    if valid_file:
-        valid = _examples(valid_file, labels)
-    else:
-        train, valid = _hold_out(train, config.valid)
+    valid, test = (None if file is None else _examples(file, labels) for file in others)
+    shares = config.valid, config.test
+    train, valid, test = fill_splits(_examples(train_file, labels), valid, test, shares, _hold_out)
     return _complete("labelled set", path, LabelledCorpus(labels, train, valid, test))
 
 
@@ -137,16 +127,10 @@ def values(config: TableConfig) -> LabelledCorpus:
     """Read any set whose labels are numbers: tab-separated with a header ``value`` (or ``score``), ``text``."""
     path = config.path.expanduser()
     layout = "a file with the header 'value<TAB>text', or train.tsv, valid.tsv and test.tsv in one folder"
-    files: list[Path | None] = [path, None, None]
-    if not path.is_file():
-        files = [find_optional(split_names(path, split, ("tsv",))) for split in SPLITS]
-        files[0] = find_one(split_names(path, "train", ("tsv",)), "set of values", layout)
-    train, valid, test = (None if file is None else _numbers(file) for file in files)
-    assert train is not None
-    if test is None:
-        train, test = _hold_out(train, config.test, classes=False)
-    if valid is None:
-        train, valid = _hold_out(train, config.valid, classes=False)
+    train_file, *others = find_splits(path, "set of values", ("tsv",), layout)
+    valid, test = (None if file is None else _numbers(file) for file in others)
+    hold_out = partial(_hold_out, classes=False)
+    train, valid, test = fill_splits(_numbers(train_file), valid, test, (config.valid, config.test), hold_out)
     return _complete("set of values", path, LabelledCorpus(["value"], train, valid, test))
 
 

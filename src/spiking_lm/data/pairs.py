@@ -22,7 +22,7 @@ from spiking_lm.data.sets import (
     joint_hash,
     splits_to_learn_from,
 )
-from spiking_lm.data.sources import find_one, find_optional, read_lines, split_names
+from spiking_lm.data.sources import fill_splits, find_splits, read_lines
 from spiking_lm.data.tokenizers import Tokenizer, Tokens, create_tokenizer
 from spiking_lm.errors import ConfigError, DataError
 
@@ -35,21 +35,9 @@ _LAYOUT = (
 def pairs(config: PairsConfig) -> PairCorpus:
     """Read any pairs: JSON lines or a table with ``source`` and ``target``; one file, or train, valid, test files."""
     path = config.path.expanduser()
-    if path.is_file():
-        train_file, valid_file, test_file = path, None, None
-    else:
-        train_file = find_one(split_names(path, "train", ("jsonl", "tsv")), "pairs", _LAYOUT)
-        valid_file = find_optional(split_names(path, "valid", ("jsonl", "tsv")))
-        test_file = find_optional(split_names(path, "test", ("jsonl", "tsv")))
-    train = _read(train_file)
-    if test_file is not None:
-        test = _read(test_file)
-    else:
-        train, test = _hold_out(train, config.test)
-    if valid_file is not None:
-        valid = _read(valid_file)
-    else:
-        train, valid = _hold_out(train, config.valid)
+    train_file, *others = find_splits(path, "pairs", ("jsonl", "tsv"), _LAYOUT)
+    valid, test = (None if file is None else _read(file) for file in others)
+    train, valid, test = fill_splits(_read(train_file), valid, test, (config.valid, config.test), _hold_out)
     if not (train and valid and test):
         n = len(train) + len(valid) + len(test)
         raise DataError(

@@ -12,9 +12,11 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, TypeVar, cast
 
 from spiking_lm.errors import DataError
+
+T = TypeVar("T")
 
 BLOCK = 1 << 20
 """Bytes read at a time."""
@@ -229,6 +231,30 @@ def split_names(path: Path, split: str, extensions: Sequence[str]) -> list[Path]
     files = [f"{name}.{extension}".rstrip(".") for name in names for extension in extensions]
     path = path.absolute()
     return [path / file for file in files] + [path.with_name(f"{path.name}.{file}") for file in files if path.name]
+
+
+def find_splits(path: Path, what: str, extensions: Sequence[str], layout: str) -> tuple[Path, Path | None, Path | None]:
+    """Return the files of train, valid and test; None for what is missing, or all in one file."""
+    if path.is_file():
+        return path, None, None
+    train = find_one(split_names(path, "train", extensions), what, layout)
+    valid, test = (find_optional(split_names(path, split, extensions)) for split in ("valid", "test"))
+    return train, valid, test
+
+
+def fill_splits(
+    train: list[T],
+    valid: list[T] | None,
+    test: list[T] | None,
+    shares: tuple[float, float],
+    hold_out: Callable[[list[T], float], tuple[list[T], list[T]]],
+) -> tuple[list[T], list[T], list[T]]:
+    """Return train, valid and test; what is missing is held out of the first, by the ``shares`` of valid and test."""
+    if test is None:
+        train, test = hold_out(train, shares[1])
+    if valid is None:
+        train, valid = hold_out(train, shares[0])
+    return train, valid, test
 
 
 def read_lines(path: Path, *, latin1: bool = False) -> list[str]:

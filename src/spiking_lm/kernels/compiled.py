@@ -58,7 +58,7 @@ def _broken() -> str | None:
     return None
 
 
-def _usable(size: int, *tensors: Tensor | None) -> bool | str:
+def takes(size: int, *tensors: Tensor | None) -> bool | str:
     given = [t for t in tensors if t is not None]
     for t in given:
         if t.device.type != "cpu":
@@ -76,7 +76,7 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads - 1, thread_name_prefix="spiking-lm")
 
 
-def _run(kernel: Callable[..., None], units: int, work: int, *args: Any, block: int = 1) -> None:
+def run(kernel: Callable[..., None], units: int, work: int, *args: Any, block: int = 1) -> None:
     """Call ``kernel(start, stop, *args)`` for all units, in as many threads as torch may use and the work is worth."""
     threads = min(torch.get_num_threads(), max(1, work // SHARE), -(-units // block))
     if threads <= 1:
@@ -93,7 +93,7 @@ def _run(kernel: Callable[..., None], units: int, work: int, *args: Any, block: 
         job.result()
 
 
-def _memory(t: Tensor) -> Any:
+def memory(t: Tensor) -> Any:
     """Return the memory from the first to the last element of ``t`` as a one-dimensional array."""
     span = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
     return t.detach().as_strided((span,), (1,)).numpy()
@@ -127,7 +127,7 @@ def _madvise() -> Callable[[int, int, int], int] | None:
     return cast("Callable[[int, int, int], int]", advise)
 
 
-def _fresh(t: Tensor) -> Tensor:
+def fresh(t: Tensor) -> Tensor:
     """Ask for large pages for the new tensor ``t``, and return it.
 
     A kernel that takes a millisecond writes its results faster than Linux hands out memory 4 KB at a time.
@@ -140,12 +140,12 @@ def _fresh(t: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _nothing(dtype: torch.dtype) -> Any:
+def nothing(dtype: torch.dtype) -> Any:
     return torch.empty(0, dtype=dtype).numpy()
 
 
 def _or_nothing(t: Tensor | None, dtype: torch.dtype) -> Any:
-    return _nothing(dtype) if t is None else _memory(t)
+    return nothing(dtype) if t is None else memory(t)
 
 
 # -- elastic_scan ------------------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def supports_elastic_scan(x: Tensor, alpha: Tensor, carried: Tensor | None = Non
     """Say whether :func:`elastic_scan` takes these inputs, or why not."""
     if alpha.requires_grad and torch.is_grad_enabled():
         return "amplitudes that are learned need sums over all neurons, which torch does as fast"
-    return _usable(x.numel(), x, alpha, carried)
+    return takes(x.numel(), x, alpha, carried)
 
 
 def elastic_scan(
@@ -182,12 +182,12 @@ def elastic_factors(alpha: Tensor, dtype: torch.dtype, *, beta: float, bits: int
 
 
 def _elastic_forward(x: Tensor, before: Tensor | None, factors: Any, final: bool) -> tuple[Tensor, Tensor | None]:
-    spikes = _fresh(torch.empty(x.shape, dtype=x.dtype))
+    spikes = fresh(torch.empty(x.shape, dtype=x.dtype))
     after = torch.empty(x.shape[1:], dtype=x.dtype) if final else None
     x = x if x.stride(1) == 1 else x.contiguous()
     start = None if before is None else before.contiguous()
-    args = _memory(x), x.stride(0), _or_nothing(start, x.dtype), factors, _memory(spikes), _or_nothing(after, x.dtype)
-    _run(_jit().elastic_forward, x.shape[1], x.numel(), *args, block=_jit().BLOCK)
+    args = memory(x), x.stride(0), _or_nothing(start, x.dtype), factors, memory(spikes), _or_nothing(after, x.dtype)
+    run(_jit().elastic_forward, x.shape[1], x.numel(), *args, block=_jit().BLOCK)
     return spikes, after
 
 
@@ -207,12 +207,12 @@ class _Elastic(torch.autograd.Function):
         if gs is None and after is None:
             return None, None, None, None
         gs = torch.zeros(x.shape, dtype=x.dtype) if gs is None else gs.contiguous()
-        gx = _fresh(torch.empty(x.shape, dtype=x.dtype))
+        gx = fresh(torch.empty(x.shape, dtype=x.dtype))
         x = x if x.stride(1) == 1 else x.contiguous()
         start, after = (None if t is None else t.contiguous() for t in (before, after))
-        args = _memory(x), x.stride(0), _or_nothing(start, x.dtype), ctx.factors
-        out = _memory(gs), _or_nothing(after, x.dtype), _memory(gx)
-        _run(_jit().elastic_backward, x.shape[1], 2 * x.numel(), *args, *out, block=_jit().BLOCK)
+        args = memory(x), x.stride(0), _or_nothing(start, x.dtype), ctx.factors
+        out = memory(gs), _or_nothing(after, x.dtype), memory(gx)
+        run(_jit().elastic_backward, x.shape[1], 2 * x.numel(), *args, *out, block=_jit().BLOCK)
         return gx, gx[0] if ctx.needs_input_grad[1] else None, None, None
 
 
@@ -229,7 +229,7 @@ def supports_attention(
         return "under autocast torch chooses the precision of each product"
     if q.shape[3] * k.shape[3] > MOST:
         return f"more than {MOST} weights a head, which do not stay in the cache"
-    return _usable(q.shape[0] * q.shape[1] * q.shape[2] * q.shape[3] * k.shape[3], q, k, v, mask, keep)
+    return takes(q.shape[0] * q.shape[1] * q.shape[2] * q.shape[3] * k.shape[3], q, k, v, mask, keep)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
@@ -243,7 +243,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, keep:
 def _rows(t: Tensor) -> tuple[Any, tuple[int, ...]]:
     """Return memory of ``t (T, B, heads, S, d)`` and its distances between steps, rows, heads and places."""
     t = t if t.stride(4) == 1 or t.shape[4] == 1 else t.contiguous()
-    return _memory(t), t.stride()[:4]
+    return memory(t), t.stride()[:4]
 
 
 def _attention_arguments(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, keep: Tensor | None) -> tuple[Any, ...]:
@@ -262,9 +262,9 @@ def _attention_arguments(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, k
 def _attention_forward(shape: tuple[int, ...], *args: Any) -> Tensor:
     *rest, q = args
     n_steps, batch, heads, queries, length, size = shape
-    y = _fresh(q.new_empty(n_steps, batch, queries, heads, size))
+    y = fresh(q.new_empty(n_steps, batch, queries, heads, size))
     units = n_steps * batch * heads
-    _run(_jit().attention_forward, units, units * queries * length, shape, *rest, _memory(y))
+    run(_jit().attention_forward, units, units * queries * length, shape, *rest, memory(y))
     return y.transpose(2, 3)
 
 
@@ -280,10 +280,10 @@ class _Attention(torch.autograd.Function):
         q, k, v, mask, keep = ctx.saved_tensors
         shape, *rest = _attention_arguments(q, k, v, mask, keep)
         n_steps, batch, heads, queries, length, size = shape
-        gq, gk, gv = (_fresh(q.new_empty(n_steps, batch, n, heads, size)) for n in (queries, length, length))
+        gq, gk, gv = (fresh(q.new_empty(n_steps, batch, n, heads, size)) for n in (queries, length, length))
         units = n_steps * batch * heads
-        args = *rest, *_rows(grads[0]), *(_memory(g) for g in (gq, gk, gv))
-        _run(_jit().attention_backward, units, 2 * units * queries * length, shape, *args)
+        args = *rest, *_rows(grads[0]), *(memory(g) for g in (gq, gk, gv))
+        run(_jit().attention_backward, units, 2 * units * queries * length, shape, *args)
         return gq.transpose(2, 3), gk.transpose(2, 3), gv.transpose(2, 3), None, None
 
 
@@ -304,7 +304,7 @@ class _LIF(NamedTuple):
 
 def supports_lif_scan(x: Tensor, v0: Tensor | None = None, **_: Any) -> bool | str:
     """Say whether :func:`lif_scan` takes these inputs, or why not."""
-    return _usable(x.numel(), x, v0)
+    return takes(x.numel(), x, v0)
 
 
 def lif_scan(
@@ -354,15 +354,15 @@ def _alike(t: Tensor, like: Tensor) -> Tensor:
 
 def _lif_forward(x: Tensor, v0: Tensor | None, lif: _LIF, *, keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return spikes, membranes, and with ``keep`` the membranes before reset."""
-    spikes = _fresh(torch.empty_like(x))
+    spikes = fresh(torch.empty_like(x))
     x, width, row = _rows_of_steps(_alike(x, spikes))
-    spikes = spikes if spikes.stride() == x.stride() else _fresh(torch.empty_like(x))
+    spikes = spikes if spikes.stride() == x.stride() else fresh(torch.empty_like(x))
     last = x.new_zeros(x.shape[1:]) if v0 is None else v0.to(x.dtype).contiguous().clone()
-    kept = _fresh(torch.empty_like(x)) if keep else None
-    membranes = None if lif.final_only else _fresh(torch.empty_like(x))
-    args = width, len(x), _memory(x), x.stride(0), row, _memory(last), tuple(lif.numbers), lif.soft, _memory(spikes)
+    kept = fresh(torch.empty_like(x)) if keep else None
+    membranes = None if lif.final_only else fresh(torch.empty_like(x))
+    args = width, len(x), memory(x), x.stride(0), row, memory(last), tuple(lif.numbers), lif.soft, memory(spikes)
     outputs = (_or_nothing(t, x.dtype) for t in (kept, membranes))
-    _run(_jit().lif_forward, last.numel(), x.numel(), *args, *outputs, block=LANES)
+    run(_jit().lif_forward, last.numel(), x.numel(), *args, *outputs, block=LANES)
     return spikes, last if membranes is None else membranes, kept
 
 
@@ -388,12 +388,12 @@ class _LIFScan(torch.autograd.Function):
         if lif.final_only and gv is not None:
             carry.copy_(gv)
             gv = None
-        gx = _fresh(torch.empty_like(kept))
+        gx = fresh(torch.empty_like(kept))
         gs, gv = (None if g is None else _alike(g, kept) for g in (gs, gv))
-        args = width, len(kept), _memory(kept), kept.stride(0), row, tuple(lif.numbers), lif.soft, lif.detach
-        gradients = _or_nothing(gs, kept.dtype), _or_nothing(gv, kept.dtype), _memory(carry), _memory(gx)
+        args = width, len(kept), memory(kept), kept.stride(0), row, tuple(lif.numbers), lif.soft, lif.detach
+        gradients = _or_nothing(gs, kept.dtype), _or_nothing(gv, kept.dtype), memory(carry), memory(gx)
         kernel = _jit().lif_backward
-        _run(kernel, carry.numel(), kept.numel(), *args, lif.surrogate, lif.alpha, *gradients, block=LANES)
+        run(kernel, carry.numel(), kept.numel(), *args, lif.surrogate, lif.alpha, *gradients, block=LANES)
         return gx, None if ctx.v0_dtype is None else carry.to(ctx.v0_dtype), None
 
 
@@ -407,7 +407,7 @@ def supports_wkv(
     time_decay: Tensor, time_first: Tensor, k: Tensor, v: Tensor, state: WKVState | None = None
 ) -> bool | str:
     """Say whether :func:`wkv` takes these inputs, or why not."""
-    return _usable(k.numel(), time_decay, time_first, k, v, *(state or ()))
+    return takes(k.numel(), time_decay, time_first, k, v, *(state or ()))
 
 
 def wkv(
@@ -428,7 +428,7 @@ def wkv(
 def _channels(t: Tensor) -> tuple[Any, tuple[int, int]]:
     """Return memory, and distances between rows and steps, of ``t (B, T, C)``."""
     t = t if t.stride(2) == 1 or t.shape[2] == 1 else t.contiguous()
-    return _memory(t), (t.stride(0), t.stride(1))
+    return memory(t), (t.stride(0), t.stride(1))
 
 
 def _wkv_forward(
@@ -436,12 +436,12 @@ def _wkv_forward(
 ) -> tuple[Tensor, WKVState, Tensor | None]:
     """Return the output, the state after the last step, and with ``keep`` that before each, ``(3, T, B, C)``."""
     state = p.contiguous().clone(), q.contiguous().clone(), o.contiguous().clone()
-    kept = _fresh(k.new_empty(3, k.shape[1], *p.shape)) if keep else None
-    y = _fresh(torch.empty_like(v if v.stride(2) == 1 else v.contiguous()))
-    args = k.shape[2], k.shape[1], _memory(w.contiguous()), _memory(u.contiguous()), *_channels(k), *_channels(v)
+    kept = fresh(k.new_empty(3, k.shape[1], *p.shape)) if keep else None
+    y = fresh(torch.empty_like(v if v.stride(2) == 1 else v.contiguous()))
+    args = k.shape[2], k.shape[1], memory(w.contiguous()), memory(u.contiguous()), *_channels(k), *_channels(v)
     far = args[2].dtype.type(_FAR)
-    outputs = *(_memory(s) for s in state), _or_nothing(kept, k.dtype), *_channels(y)
-    _run(_jit().wkv_forward, p.numel(), 4 * k.numel(), *args, far, *outputs, block=LANES)
+    outputs = *(memory(s) for s in state), _or_nothing(kept, k.dtype), *_channels(y)
+    run(_jit().wkv_forward, p.numel(), 4 * k.numel(), *args, far, *outputs, block=LANES)
     return y, state, kept
 
 
@@ -461,14 +461,14 @@ class _WKV(torch.autograd.Function):
         w, u, k, v, kept = ctx.saved_tensors
         gp, gq = (torch.zeros_like(kept[0, 0]) if g is None else g.contiguous().clone() for g in g_sums)
         gw, gu = torch.zeros_like(gp), torch.zeros_like(gp)
-        gk = _fresh(torch.empty_like(v if v.stride(2) == 1 else v.contiguous()))
-        gv = _fresh(torch.empty_like(gk))
+        gk = fresh(torch.empty_like(v if v.stride(2) == 1 else v.contiguous()))
+        gv = fresh(torch.empty_like(gk))
         gy = torch.zeros_like(gk) if gy is None else gy
-        args = k.shape[2], k.shape[1], _memory(w.contiguous()), _memory(u.contiguous()), *_channels(k), *_channels(v)
-        sums = (_memory(g) for g in (gp, gq, gw, gu, gk))
+        args = k.shape[2], k.shape[1], memory(w.contiguous()), memory(u.contiguous()), *_channels(k), *_channels(v)
+        sums = (memory(g) for g in (gp, gq, gw, gu, gk))
         far, outputs = args[2].dtype.type(_FAR), (*sums, *_channels(gv))
-        _run(
-            _jit().wkv_backward, gp.numel(), 6 * k.numel(), *args, far, _memory(kept), *_channels(gy), *outputs,
+        run(
+            _jit().wkv_backward, gp.numel(), 6 * k.numel(), *args, far, memory(kept), *_channels(gy), *outputs,
             block=LANES,
         )  # fmt: skip
         return gw.sum(0), gu.sum(0), gk, gv, gp, gq, None

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from spiking_lm.kernels import dispatch
-from spiking_lm.kernels.compiled import _fresh, _memory, _nothing, _run, _usable, elastic_factors
+from spiking_lm.kernels.compiled import elastic_factors, fresh, memory, nothing, run, takes
 
 MOST = 131072
 """Weights of a matrix up to which it stays in the second-level cache, with what else a layer needs."""
@@ -42,7 +42,7 @@ def usable(x: Tensor, weights_t: Sequence[Tensor], biases: Sequence[Tensor] = ()
         and not torch.is_autocast_enabled("cpu")
         and all(n % MULTIPLE == 0 for w in weights_t for n in w.shape)
         and all(0 < w.numel() <= MOST for w in weights_t)
-        and _usable(x.numel(), *given) is True
+        and takes(x.numel(), *given) is True
     )
 
 
@@ -91,11 +91,11 @@ class _ElasticLinears(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         n_steps, n_rows, size = x.shape
         widths = tuple(w.shape[1] for w in weights_t)
-        ys = tuple(_fresh(torch.empty(n_steps, n_rows, n)) for n in widths)
+        ys = tuple(fresh(torch.empty(n_steps, n_rows, n)) for n in widths)
         matrices = _panels(weights_t), torch.cat(list(biases)).numpy(), widths
-        args = n_rows, size, _memory(x), x.stride(0), gelu, factors, *matrices
-        outputs = tuple(_memory(y) for y in ys)
-        _run(_jit().layer_forward, n_rows, x.numel(), *args, outputs, block=_jit().CHUNK)
+        args = n_rows, size, memory(x), x.stride(0), gelu, factors, *matrices
+        outputs = tuple(memory(y) for y in ys)
+        run(_jit().layer_forward, n_rows, x.numel(), *args, outputs, block=_jit().CHUNK)
         return ys
 
     @staticmethod
@@ -126,11 +126,11 @@ def gradients(
     ]
     share = SHARE * math.ceil(n_rows / SHARE / SHARES)
     shares, columns = -(-n_rows // share), sum(widths)
-    gx = _fresh(torch.empty(x.shape)) if needs_x else None
+    gx = fresh(torch.empty(x.shape)) if needs_x else None
     gw, gb = torch.zeros(shares, columns, size), torch.zeros(shares, columns)
-    args = share, n_rows, size, _memory(x), x.stride(0), gelu, factors, _panels([w.t() for w in weights_t]), widths
-    out = _nothing(x.dtype) if gx is None else _memory(gx), _memory(gw), _memory(gb)
-    _run(_jit().layer_backward, shares, x.numel(), *args, tuple(_memory(g) for g in arrived), *out)
+    args = share, n_rows, size, memory(x), x.stride(0), gelu, factors, _panels([w.t() for w in weights_t]), widths
+    out = nothing(x.dtype) if gx is None else memory(gx), memory(gw), memory(gb)
+    run(_jit().layer_backward, shares, x.numel(), *args, tuple(memory(g) for g in arrived), *out)
     return gx, [g.t() for g in torch.split(gw.sum(0), list(widths))], list(torch.split(gb.sum(0), list(widths)))
 
 
