@@ -82,6 +82,8 @@ def test_the_files_of_values_and_what_is_wrong_with_them(values: Path, tmp_path:
     assert corpus.regression
     assert len(corpus.train) + len(corpus.valid) + len(corpus.test) == 1500
     assert len({e.text for e in corpus.train} & {e.text for e in corpus.test}) < 20, "copies stay together"
+    with pytest.raises(DataError, match=r"none\.tsv: no such file"):
+        data.load({"type": "values", "path": str(tmp_path / "none.tsv"), "tokenizer": {"type": "byte"}})
     bad = tmp_path / "bad.tsv"
     for content, message in (
         ("value\ttext\n1.5\tone\nnone\ttwo\n", r"bad\.tsv, line 3: 'none' is not a number"),

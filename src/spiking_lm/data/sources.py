@@ -237,6 +237,8 @@ def find_splits(path: Path, what: str, extensions: Sequence[str], layout: str) -
     """Return the files of train, valid and test; None for what is missing, or all in one file."""
     if path.is_file():
         return path, None, None
+    if path.suffix.lstrip(".") in extensions and not path.is_dir():
+        raise DataError(f"{what}: {path}: no such file", hint=f"expected {layout}")
     train = find_one(split_names(path, "train", extensions), what, layout)
     valid, test = (find_optional(split_names(path, split, extensions)) for split in ("valid", "test"))
     return train, valid, test
