@@ -14,10 +14,11 @@ import importlib.util
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spiking_lm.data.tokenfile import default_cache_dir
@@ -29,10 +30,15 @@ LAVA = "lava-nc==0.10.0"
 NEEDS = ("numpy>=1.26,<2.4", "scipy>=1.11", "networkx>=2.8", "asteval>=0.9.31")
 """What of its dependencies Lava imports to simulate; scikit-learn it never does. Its InvSqrt fails with numpy 2.4."""
 
+LAVA_DL = "lava-dl==0.6.0"
+LAVA_DL_NEEDS = ("h5py>=3.10",)
+"""What of its dependencies (3 GB, torch 2.3 among them) lava-dl's netx imports to build a network."""
+
 PYTHON_VARIABLE = "SPIKING_LM_LAVA_PYTHON"
 """An interpreter that has lava-nc: it is taken before all others."""
 
 SETUP_COMMAND = "spiking-lm lower --backend lava --setup"
+LAVA_DL_COMMAND = "python -m spiking_lm_lava.netx --setup"
 STAMP = "installed.json"
 
 
@@ -46,10 +52,10 @@ class Lava:
     """In words."""
 
 
-def packages_folder() -> Path:
+def packages_folder(what: str = LAVA) -> Path:
     """Return where :func:`setup` installs Lava for this Python and machine, in the cache folder."""
     tag = f"{sys.implementation.cache_tag}-{sys.platform}-{platform.machine()}"
-    return default_cache_dir() / "lava" / f"{LAVA.replace('==', '-')}-{tag}"
+    return default_cache_dir() / "lava" / f"{what.replace('==', '-')}-{tag}"
 
 
 def find() -> Lava:
@@ -71,16 +77,31 @@ def find() -> Lava:
         if importlib.util.find_spec("lava") is not None:
             return Lava((sys.executable, "-I"), (), f"lava-nc {version} of this environment")
     folder = packages_folder()
-    if _is_whole(folder):
+    if _is_whole(folder, LAVA, NEEDS):
         # Without site packages (-S): nothing of this environment gets in the way of what was installed together.
         return Lava((sys.executable, "-I", "-S"), (folder,), f"{LAVA.replace('==', ' ')} in {folder}")
     raise PluginError("Lava is not set up here", hint=SETUP_COMMAND)
 
 
-def _is_whole(folder: Path) -> bool:
+def find_lava_dl() -> Lava:
+    """Return a Lava that has lava-dl's netx too. Raises: PluginError, with the command that sets it up."""
+    lava = find()
+    if os.environ.get(PYTHON_VARIABLE):  # who names an interpreter says what it has
+        return lava
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        if not lava.paths:
+            version = importlib.metadata.version("lava-dl")
+            return replace(lava, origin=f"{lava.origin} with lava-dl {version}")
+    folder = packages_folder(LAVA_DL)
+    if not _is_whole(folder, LAVA_DL, LAVA_DL_NEEDS):
+        raise PluginError("lava-dl, which reads netx files into Lava, is not set up here", hint=LAVA_DL_COMMAND)
+    return replace(lava, paths=(*lava.paths, folder), origin=f"{lava.origin} with lava-dl in {folder}")
+
+
+def _is_whole(folder: Path, what: str, needs: tuple[str, ...]) -> bool:
     """Whether a folder holds what this version installs."""
     try:
-        return bool(json.loads((folder / STAMP).read_text(encoding="utf-8"))["asked"] == [LAVA, *NEEDS])
+        return bool(json.loads((folder / STAMP).read_text(encoding="utf-8"))["asked"] == [what, *needs])
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -101,9 +122,33 @@ def setup(say: Callable[[str], None]) -> None:
     with _whole(folder) as target:
         _pip(target, *NEEDS)
         _pip(target, "--no-deps", "--ignore-requires-python", LAVA)
-        versions = {item.name: item.version for item in importlib.metadata.distributions(path=[str(target)])}
-        stamp = {"asked": [LAVA, *NEEDS], "installed": versions}
-        (target / STAMP).write_text(json.dumps(stamp, indent=1) + "\n", encoding="utf-8")
+        _stamp(target, LAVA, NEEDS)
+
+
+def setup_lava_dl(say: Callable[[str], None]) -> None:
+    """Install lava-dl and h5py, without its other dependencies, into a folder that only the worker sees.
+
+    Lava itself has to be there. Raises: PluginError as :func:`setup` does.
+    """
+    try:
+        say(f"lava-dl is here already: {find_lava_dl().origin}")
+        return
+    except PluginError as error:
+        if error.hint != LAVA_DL_COMMAND:
+            raise
+    folder = packages_folder(LAVA_DL)
+    say(f"Installing {LAVA_DL} and h5py into {folder} (about 75 MB to download) ...")
+    with _whole(folder) as target:
+        _pip(target, "--no-deps", *LAVA_DL_NEEDS)  # numpy is Lava's
+        _pip(target, "--no-deps", "--ignore-requires-python", LAVA_DL)
+        shutil.rmtree(target / "tests", ignore_errors=True)  # a package of that name, 100 MB, which nothing imports
+        _stamp(target, LAVA_DL, LAVA_DL_NEEDS)
+
+
+def _stamp(target: Path, what: str, needs: tuple[str, ...]) -> None:
+    versions = {item.name: item.version for item in importlib.metadata.distributions(path=[str(target)])}
+    stamp = {"asked": [what, *needs], "installed": versions}
+    (target / STAMP).write_text(json.dumps(stamp, indent=1) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -90,6 +90,12 @@ def _shape(node: Node) -> tuple[int]:
     return (node["size"],)
 
 
+def _netx(node: Node) -> Any:
+    from lava_dl import network  # type: ignore[import-not-found]
+
+    return network(node)
+
+
 BUILDERS: dict[str, Callable[[Node], Any]] = {
     "source": lambda node: FileSource(shape=_shape(node), path=node["path"]),
     "sink": lambda node: FileSink(shape=_shape(node), path=node["path"]),
@@ -103,6 +109,7 @@ BUILDERS: dict[str, Callable[[Node], Any]] = {
     "sigma": lambda node: Sigma(shape=_shape(node)),
     "delta": _delta,
     "sigma_delta": _sigma_delta,
+    "netx": _netx,
     "float_lif": _float_lif,
     "float_synapse": lambda node: Dense(weights=node["weight"]),
 }
