@@ -25,11 +25,12 @@ from typing import Any
 import numpy as np
 
 from spiking_lm.errors import DataError, LoweringError, PluginError
+from spiking_lm_lava.cell import Cell
 from spiking_lm_lava.floating import FloatLIF
 from spiking_lm_lava.install import Lava, find
 from spiking_lm_lava.network import Network
-from spiking_lm_lava.process import Sink, Source
-from spiking_lm_lava.simulator import Rows, checked_inputs, watched_states
+from spiking_lm_lava.process import Sink, Source, State
+from spiking_lm_lava.simulator import NetworkState, Rows, checked_inputs, watched_states
 
 MAIN = Path(__file__).resolve().parent / "worker" / "main.py"
 
@@ -78,16 +79,17 @@ class LavaExecutor:
         network: Network,
         inputs: Mapping[str, Rows],
         *,
+        state: NetworkState | None = None,
         watch: Iterable[str] = (),
         timeout: float = TIMEOUT,
         progress: Progress | None = None,
     ) -> LavaRun:
-        """Run ``inputs`` (source -> rows) from the initial state, and keep the states named in ``watch``.
+        """Run ``inputs`` (source -> rows), going on from ``state``, and keep the states named in ``watch``.
 
         Raises: DataError for inputs that do not fit, PluginError when the worker fails or takes too long.
         """
         rows, steps = checked_inputs(network, inputs)
-        with LavaSession(self.lava, network, steps, watch=watch, timeout=timeout) as session:
+        with LavaSession(self.lava, network, steps, state=state, watch=watch, timeout=timeout) as session:
             for start in range(0, steps, STEPS_AT_ONCE):
                 session.advance({name: given[start : start + STEPS_AT_ONCE] for name, given in rows.items()})
                 if progress is not None:
@@ -99,14 +101,24 @@ class LavaSession:
     """One network in one worker, whose state goes on from call to call; a context manager that ends the worker."""
 
     def __init__(
-        self, lava: Lava, network: Network, steps: int, *, watch: Iterable[str] = (), timeout: float = TIMEOUT
+        self,
+        lava: Lava,
+        network: Network,
+        steps: int,
+        *,
+        state: NetworkState | None = None,
+        watch: Iterable[str] = (),
+        timeout: float = TIMEOUT,
     ) -> None:
-        """Start a worker that can make up to ``steps`` steps in all.
+        """Start a worker that can make up to ``steps`` steps in all, from ``state``: that of a simulator's run.
+
+        Only cells can be given a state; all other processes of ``state`` must be as they are before the first step.
 
         Raises: LoweringError for a network that Lava cannot run as one, DataError, PluginError.
         """
         self.network, self.steps, self.timeout, self.done = network, steps, timeout, 0
         _one_piece(network)
+        self._given = {} if state is None else _of_cells(network, state)
         self._watch = watched_states(network, watch)
         self._folder = tempfile.TemporaryDirectory(prefix="spiking-lm-lava-", ignore_cleanup_errors=True)
         self._job = Path(self._folder.name)
@@ -183,6 +195,11 @@ class LavaSession:
     def _prepare(self) -> None:
         """Write the job and make the files of all ends, which both sides map."""
         record, arrays = self.network.to_record()
+        for cell, values in zip(self.network.nodes, record["nodes"], strict=True):
+            if isinstance(cell, Cell):
+                values["layout"] = cell.layout()
+                held = self._given.get(cell.name, cell.initial())
+                arrays |= {f"{cell.name}.initial.{name}": value for name, value in held.items()}
         np.savez(self._job / "arrays.npz", **arrays)  # type: ignore[arg-type]
         paths = {}
         ends = [node for node in self.network.nodes if isinstance(node, (Source, Sink))]
@@ -298,6 +315,15 @@ class LavaSession:
             for left in _SHARED_MEMORY.glob(f"{self._prefix}*"):
                 with contextlib.suppress(OSError):
                     left.unlink()
+
+
+def _of_cells(network: Network, state: NetworkState) -> dict[str, State]:
+    """Return the states of cells. Raises: DataError where another process holds something."""
+    for node in network.nodes:
+        now, rest = state.nodes[node.name], node.initial()
+        if not isinstance(node, Cell) and any(not np.array_equal(now[name], rest[name]) for name in rest):
+            raise DataError(f"Lava cannot start with what {node.kind} {node.name!r} holds in this state")
+    return {node.name: state.nodes[node.name] for node in network.nodes if isinstance(node, Cell)}
 
 
 def _one_piece(network: Network) -> None:

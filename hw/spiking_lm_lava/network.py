@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from spiking_lm import __version__
 from spiking_lm.errors import CheckpointError, LoweringError, SpikingLMError, did_you_mean
 from spiking_lm.sealed import COMPLETE, SUMS, new_folder, verify_folder
-from spiking_lm_lava import floating, graded, neurons  # noqa: F401  (their kinds are known from here on)
+from spiking_lm_lava import cell, floating, graded, neurons  # noqa: F401  (their kinds are known from here on)
 from spiking_lm_lava.arithmetic import STATE_BITS
 from spiking_lm_lava.process import KINDS, Delaying, Process, Source, Synapse
 from spiking_lm_lava.values import Bounds, Range
@@ -236,10 +236,7 @@ class Network:
 
     def latency(self, edge: Edge) -> int:
         """Return after how many steps, at the earliest, a message on ``edge`` can depend on a node's input."""
-        node = self[edge.source.partition(".")[0]]
-        if isinstance(node, Synapse) and node.form == "delay":
-            return 1 + int(node.delay.min())
-        return int(isinstance(node, Delaying))
+        return self[edge.source.partition(".")[0]].latency
 
     def arrival(self) -> dict[str, int]:
         """Return for each node the first step, from 0, in which what reaches it depends on the sources' first row."""

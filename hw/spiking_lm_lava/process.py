@@ -85,6 +85,11 @@ class Process(ABC):
         """Return how many values a port carries."""
         return self.size
 
+    @property
+    def latency(self) -> int:
+        """After how many steps, at the earliest, what it sends can depend on what arrives."""
+        return 0
+
     def check(self) -> None:
         """Refuse a field that hardware cannot hold. Raises: LoweringError with the limits."""
         for name, (low, high) in self.limits.items():
@@ -175,6 +180,11 @@ class Delaying(Process):
     def port_size(self, port: str) -> int:
         """Return how many values a port carries."""
         return self.inputs if port == "s_in" else self.size
+
+    @property
+    def latency(self) -> int:
+        """One step."""
+        return 1
 
     def initial(self) -> State:
         """Return nothing on its way: sums of this step, the next one, and so on."""
@@ -283,6 +293,11 @@ class Synapse(Delaying):
                 f"bits, {self.sign_mode}",
                 hint,
             )
+
+    @property
+    def latency(self) -> int:
+        """One step, and the shortest delay."""
+        return 1 + (int(self.delay.min()) if self.form == "delay" else 0)
 
     @property
     def longest_delay(self) -> int:

@@ -15,6 +15,7 @@ from lava.proc.rf.process import RF
 from lava.proc.sdn.process import ActivationMode, Delta, Sigma, SigmaDelta
 from lava.proc.sparse.process import Sparse
 from lava.utils.weightutils import SignMode
+from lava_cell.process import CellProcess  # type: ignore[import-not-found]
 from lava_file_probe.process import FileProbe  # type: ignore[import-not-found]
 from lava_file_sink.process import FileSink  # type: ignore[import-not-found]
 from lava_file_source.process import FileSource  # type: ignore[import-not-found]
@@ -79,6 +80,14 @@ def _sigma_delta(node: Node) -> Any:
     return _with(process, node, "vth", "bias")
 
 
+def _cell(node: Node) -> Any:
+    """Any cell; ``initial.NAME`` are its states, and whatever is no vector or number is none of its function's."""
+    state = {name.partition(".")[2]: value for name, value in node.items() if name.startswith("initial.")}
+    fields = {name: value for name, value in node.items() if isinstance(value, (int, np.ndarray)) and "." not in name}
+    states = tuple(state[name].astype(np.int32) for name in node["layout"]["states"])
+    return CellProcess(layout=node["layout"], fields=fields, state=state, states=states)
+
+
 def _with(process: Any, node: Node, *names: str) -> Any:
     """Give variables the values of the node, which are those after the constructor's scaling."""
     for name in names:
@@ -110,6 +119,7 @@ BUILDERS: dict[str, Callable[[Node], Any]] = {
     "delta": _delta,
     "sigma_delta": _sigma_delta,
     "netx": _netx,
+    "cell": _cell,
     "float_lif": _float_lif,
     "float_synapse": lambda node: Dense(weights=node["weight"]),
 }
@@ -121,20 +131,29 @@ def build(record: dict[str, Any], arrays: dict[str, Any], files: dict[str, str])
 
     ``files`` has the path of each source and sink, and of each state to watch, ``"node.state"``.
     """
-    processes = {}
+    processes: dict[str, Any] = {}
+    layouts = {node["name"]: node.get("layout") for node in record["nodes"]}
+
+    def port(node: str, of: str, as_called: str, name: str) -> Any:
+        """Return a port or a state; those of cells are numbered."""
+        layout = layouts[node]
+        return getattr(processes[node], name if layout is None else f"{as_called}{list(layout[of]).index(name)}")
+
     for node in record["nodes"]:
         name = node["name"]
         mine = {key.partition(".")[2]: array for key, array in arrays.items() if key.partition(".")[0] == name}
         fields = {key: array.astype(np.int64) if array.dtype.kind == "i" else array for key, array in mine.items()}
-        processes[name] = BUILDERS[node["kind"]]({**node, **fields, "path": files.get(name)})
+        processes[name] = BUILDERS["cell" if "layout" in node else node["kind"]](
+            {**node, **fields, "path": files.get(name)}
+        )
     for edge in record["edges"]:
         source, out = edge["source"].split(".")
         target, into = edge["target"].split(".")
-        getattr(processes[source], out).connect(getattr(processes[target], into))
+        port(source, "sends", "out", out).connect(port(target, "reads", "in", into))
     for name, path in files.items():
         if "." in name:
             node_name, state = name.split(".")
-            variable = getattr(processes[node_name], state)
+            variable = port(node_name, "states", "state", state)
             FileProbe(shape=variable.shape, path=path).state.connect_var(variable)
     real = any(node["kind"].startswith("float_") for node in record["nodes"])
     first = next(iter(processes.values()))
