@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from spiking_lm import hookimpl
 from spiking_lm.hookspecs import Register
-from spiking_lm.records import DoctorSpec
+from spiking_lm.records import DoctorSpec, NeuronSpec
 
 SPIKING_LM_API = 1
 
@@ -17,5 +17,17 @@ def spiking_lm_doctor(register: Register) -> None:
             summary="can networks run in Lava from here?",
             function="spiking_lm_lava.install:check",
             setup="spiking_lm_lava.install:setup",
+        )
+    )
+
+
+@hookimpl
+def spiking_lm_neurons(register: Register) -> None:
+    register(
+        NeuronSpec(
+            name="slayer.cuba",
+            summary="lava-dl SLAYER's CUBA neuron: what trains are the integers that run on Loihi",
+            config="spiking_lm_lava.slayer_config:SlayerCubaConfig",
+            factory="spiking_lm_lava.slayer:SlayerCuba",
         )
     )

@@ -88,6 +88,22 @@ class TestNorseLIF(NeuronContract):
         return create_neuron("norse.lif", **NORSE_LIF_FORMS[request.param])
 
 
+SLAYER_FORMS = {
+    "defaults": {},
+    "no-current-left": {"current_decay": 1.0, "voltage_decay": 0.5, "threshold": 0.7},
+    "no-leak": {"current_decay": 0.5, "voltage_decay": 0.0, "tau_grad": 1.0, "scale_grad": 1.0},
+    "all-leaks": {"current_decay": 0.1, "voltage_decay": 1.0, "threshold": 3.0},
+}
+
+
+class TestSlayerCuba(NeuronContract):
+    name = "slayer.cuba"
+
+    @pytest.fixture(params=SLAYER_FORMS)
+    def neuron(self, request: pytest.FixtureRequest) -> Neuron:
+        return create_neuron("slayer.cuba", **SLAYER_FORMS[request.param])
+
+
 IF_FORMS = {
     "defaults": {},
     "above": {"compare": ">", "threshold": 1.5},
@@ -158,7 +174,7 @@ def test_every_first_party_neuron_is_under_contract() -> None:
     from spiking_lm import registry
 
     ours = (TestLIF, TestIF, TestGIF, TestTernaryGIF, TestElastic)
-    contracts = (*ours, TestSnnTorchLeaky, TestNorseLIFBox, TestNorseLIF)
+    contracts = (*ours, TestSnnTorchLeaky, TestNorseLIFBox, TestNorseLIF, TestSlayerCuba)
     covered = {c.name for c in contracts}
     first_party = {name for name, entry in registry.all("neurons").items() if entry.plugin.first_party}
     assert first_party == covered
