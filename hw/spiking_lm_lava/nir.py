@@ -10,6 +10,8 @@ threshold is ``vth``, and with B the bias of a membrane::
 
 Time counts from when the input's first row arrives at a node, so that the steps of synapses along a path cancel, and an
 edge that leads back takes one; whatever is left is a Delay. So :func:`spiking_lm.nir_io.from_nir` reads a graph too.
+(What biases alone do before the first row arrives has no place in it: processes run from step 1, all neurons of NIR
+start with the first row.)
 Rounding, 24 bits, sign modes and widths are Lava's alone: they are metadata, from which :func:`from_nir` makes the same
 network again, integer for integer.
 """
