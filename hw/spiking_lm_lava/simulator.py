@@ -7,7 +7,7 @@ inputs, and, outside of loops, all steps of a layer at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -148,8 +148,16 @@ class Simulator:
                     values[slot] = value
         return sinks
 
-    def run(self, inputs: Mapping[str, Rows], state: NetworkState | None = None, watch: Iterable[str] = ()) -> Run:
+    def run(
+        self,
+        inputs: Mapping[str, Rows],
+        state: NetworkState | None = None,
+        watch: Iterable[str] = (),
+        observe: Callable[[dict[str, Rows]], None] | None = None,
+    ) -> Run:
         """Run ``inputs`` (source -> rows), going on from ``state``, and keep the states named in ``watch``.
+
+        ``observe`` is given what every node sent: ``"node.port"`` -> (T, values).
 
         Raises: DataError for inputs that do not fit the sources, or a state that is not there.
         """
@@ -177,6 +185,8 @@ class Simulator:
             else:
                 self._run_loop(group, values, now, wanted, steps)
         now.t += steps
+        if observe is not None:
+            observe({port: values[slot] for port, slot in self._slot.items()})
         watched = {
             name: _stacked(wanted[node][of_node], self.network[node].size) for name, (node, of_node) in names.items()
         }
@@ -355,7 +365,7 @@ def watched_states(network: Network, watch: Iterable[str]) -> dict[str, tuple[st
     found = {}
     for name in watch:
         node, _, state = name.partition(".")
-        if node not in network or state not in network[node].states:
+        if node not in network or state not in network[node].watchable:
             raise DataError(f"there is no state {name!r} to watch")
         found[name] = (node, state)
     return found
