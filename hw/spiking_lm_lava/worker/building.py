@@ -126,12 +126,17 @@ BUILDERS: dict[str, Callable[[Node], Any]] = {
 """By the kind of a node; the fields are those of the classes of ``spiking_lm_lava``."""
 
 
-def build(record: dict[str, Any], arrays: dict[str, Any], files: dict[str, str]) -> tuple[Any, Any]:
+def build(
+    record: dict[str, Any], arrays: dict[str, Any], files: dict[str, str], loihi2: dict[str, Any] | None = None
+) -> tuple[Any, Any]:
     """Return a process of the network, from which Lava finds all others, and the configuration of its runs.
 
-    ``files`` has the path of each source and sink, and of each state to watch, ``"node.state"``.
+    ``files`` has the path of each source and sink, and of each state to watch, ``"node.state"``. ``loihi2`` says where
+    the chip is; without it, Lava simulates one.
     """
     processes: dict[str, Any] = {}
+    joints: dict[str, Any] = {}
+    """Ports that stand for those of sources and sinks, where a chip is in between."""
     layouts = {node["name"]: node.get("layout") for node in record["nodes"]}
 
     def port(node: str, of: str, as_called: str, name: str) -> Any:
@@ -146,10 +151,21 @@ def build(record: dict[str, Any], arrays: dict[str, Any], files: dict[str, str])
         processes[name] = BUILDERS["cell" if "layout" in node else node["kind"]](
             {**node, **fields, "path": files.get(name)}
         )
+    configured = Loihi2SimCfg(select_tag="fixed_pt")
+    if loihi2 is not None:
+        from loihi2 import configuration, off_chip, onto_chip  # type: ignore[import-not-found]
+
+        configured = configuration(loihi2)
+        for node in record["nodes"]:
+            if node["kind"] == "source":
+                joints[f"{node['name']}.s_out"] = onto_chip(processes[node["name"]].s_out)
+            elif node["kind"] == "sink":
+                joints[f"{node['name']}.a_in"] = off_chip(processes[node["name"]].a_in)
     for edge in record["edges"]:
         source, out = edge["source"].split(".")
         target, into = edge["target"].split(".")
-        port(source, "sends", "out", out).connect(port(target, "reads", "in", into))
+        start = joints[edge["source"]] if edge["source"] in joints else port(source, "sends", "out", out)
+        start.connect(joints[edge["target"]] if edge["target"] in joints else port(target, "reads", "in", into))
     for name, path in files.items():
         if "." in name:
             node_name, state = name.split(".")
@@ -157,4 +173,4 @@ def build(record: dict[str, Any], arrays: dict[str, Any], files: dict[str, str])
             FileProbe(shape=variable.shape, path=path).state.connect_var(variable)
     real = any(node["kind"].startswith("float_") for node in record["nodes"])
     first = next(iter(processes.values()))
-    return first, Loihi2SimCfg(select_tag="floating_pt" if real else "fixed_pt")
+    return first, Loihi2SimCfg(select_tag="floating_pt") if real else configured

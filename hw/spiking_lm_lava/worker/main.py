@@ -60,7 +60,7 @@ def main() -> NoReturn:
         import numpy as np
 
         with open(job / "arrays.npz", "rb") as opened, np.load(opened, allow_pickle=False) as arrays:
-            process, configuration = build(task["network"], dict(arrays), task["files"])
+            process, configuration = build(task["network"], dict(arrays), task["files"], task.get("loihi2"))
         timings["build"] = time.perf_counter() - started - timings["import"]
         print(json.dumps({"ready": True}), file=answers)
         _note_children()
