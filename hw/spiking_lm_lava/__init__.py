@@ -4,9 +4,24 @@ from __future__ import annotations
 
 from spiking_lm import hookimpl
 from spiking_lm.hookspecs import Register
-from spiking_lm.records import DoctorSpec, NeuronSpec
+from spiking_lm.records import BackendSpec, DoctorSpec, NeuronSpec
 
 SPIKING_LM_API = 1
+
+
+@hookimpl
+def spiking_lm_backends(register: Register) -> None:
+    register(
+        BackendSpec(
+            name="lava",
+            summary="networks of Loihi-style processes, one token a step, by a bit-exact simulator or Lava itself",
+            config="spiking_lm_lava.config:LavaConfig",
+            lower="spiking_lm_lava.lower:lower",
+            program="spiking_lm_lava.program:LavaProgram",
+            check="spiking_lm_lava.lower:check",
+            calibrates=True,
+        )
+    )
 
 
 @hookimpl

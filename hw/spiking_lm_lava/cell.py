@@ -74,10 +74,19 @@ class Cell(Process):
         """The places of ``looped`` among the in-ports."""
         return tuple(self.reads.index(port) for port in self.looped)
 
+    @property
+    def latches(self) -> dict[str, int]:
+        """The states that keep what arrives at looped ports between two tokens, and their sizes."""
+        return {f"{LATCH}{at}": self.port_size(self.reads[at]) for at in self.latched}
+
+    @property
+    def watchable(self) -> dict[str, int]:
+        """The states that a run can give after each step, and their sizes; latches are among them."""
+        return {**super().watchable, **self.latches}
+
     def initial(self) -> State:
         """Return the state before the first step."""
-        latches = {f"{LATCH}{at}": np.zeros(self.port_size(self.reads[at]), np.int64) for at in self.latched}
-        return {**super().initial(), **latches}
+        return {**super().initial(), **{name: np.zeros(size, np.int64) for name, size in self.latches.items()}}
 
     def step(self, state: State, t: int, *arrived: Any) -> tuple[Any, ...]:
         """Return what is sent, and put the next state into ``state``."""
@@ -92,7 +101,7 @@ class Cell(Process):
             "function": self.function,
             "reads": {port: self.port_size(port) for port in self.reads},
             "sends": {port: self.port_size(port) for port in self.sends},
-            "states": list(self.states),
+            "states": [*self.states, *self.latches],
             "gated": self.gated,
             "latched": list(self.latched),
         }
@@ -120,6 +129,32 @@ class Delay(Cell):
     def bounds(self, *arrived: Range) -> Bounds:
         """Return what arrives, and 0."""
         return Bounds((self.within("what arrives", arrived[0], STATE_LIMIT, "a 24-bit state").or_zero(),))
+
+
+@dataclass(frozen=True, eq=False)
+class Affine(Cell):
+    """Rescales the sums of a matrix, adds a bias, and holds the result in ``-limit .. limit``: messages to another."""
+
+    kind = "affine"
+    function = "affine:step"
+    limits = {"mantissa": MANTISSA, "shift": (0, MOST_SHIFT), "bias": HELD, "limit": (1, STATE_LIMIT - 1)}
+    mantissa: Int = field(default_factory=lambda: np.ones(1, np.int64))
+    shift: Int = field(default_factory=lambda: np.zeros(1, np.int64))
+    bias: Int = field(default_factory=lambda: np.zeros(1, np.int64))
+    limit: int = STATE_LIMIT - 1
+
+    def bounds(self, *arrived: Range) -> Bounds:
+        """Bound the sums and what is sent."""
+        found = rescaled(self, "what arrives", arrived[0], self.mantissa, self.shift, self.bias).or_zero()
+        return Bounds((Range(np.maximum(found.low, -self.limit), np.minimum(found.high, self.limit)),))
+
+
+def rescaled(cell: Cell, what: str, sums: Range, mantissa: Int, shift: Int, bias: Int) -> Range:
+    """Return the range of ``sums * mantissa / 2^shift + bias``. Raises: LoweringError where that may overflow."""
+    cell.within(f"a sum of {what}", sums, WORD_LIMIT, "a word")
+    scaled, half = sums * Range(mantissa, mantissa), (1 << shift) >> 1
+    found = Range(((scaled.low + half) >> shift) + bias, ((scaled.high + half) >> shift) + bias)
+    return cell.within(f"{what}, rescaled,", found, STATE_LIMIT, "a 24-bit state", "smaller weights")
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,20 +198,10 @@ class EGRU(Cell):
     def bounds(self, *arrived: Range) -> Bounds:
         """Bound products and gates' arguments; membranes are between -1 and 1 by themselves."""
         x, q, _ = arrived
-        a, b = (
-            self.argument(what, sums, getattr(self, f"{what}_mantissa"), getattr(self, f"{what}_shift"), bias)
-            for what, sums, bias in (("x", x, self.x_bias), ("q", q.or_zero(), self.q_bias))
-        )
+        a = rescaled(self, "x", x, self.x_mantissa, self.x_shift, self.x_bias)
+        b = rescaled(self, "q", q.or_zero(), self.q_mantissa, self.q_shift, self.q_bias)
         self.within("a gate's argument", a + b, STATE_LIMIT, "a 24-bit state", "smaller weights")
         one = 1 << MEMBRANE
         events = Range.of(self.size, 0, 1 << self.event_bits)
-        latch = {f"{LATCH}{at}": q.or_zero() for at in self.latched}
+        latch = dict.fromkeys(self.latches, q.or_zero())
         return Bounds((events,), {"c": Range.of(self.size, -one, one), **latch})
-
-    def argument(self, what: str, sums: Range, mantissa: Int, shift: Int, bias: Int) -> Range:
-        """Return the range of ``sums * mantissa / 2^shift + bias``. Raises: LoweringError where that may overflow."""
-        self.within(f"a sum of {what}", sums, WORD_LIMIT, "a word")
-        scaled = sums * Range(mantissa, mantissa)
-        half = (1 << shift) >> 1
-        found = Range(((scaled.low + half) >> shift) + bias, ((scaled.high + half) >> shift) + bias)
-        return self.within(f"{what}, rescaled,", found, STATE_LIMIT, "a 24-bit state", "smaller weights")

@@ -206,9 +206,9 @@ class LavaSession:
         sizes: dict[str, tuple[int, Any]] = {
             node.name: (node.size, np.int32 if isinstance(node, Source) else np.int64) for node in ends
         }
-        for name, (node, _) in self._watch.items():
+        for name, (node, state) in self._watch.items():
             real = isinstance(self.network[node], FloatLIF)
-            sizes[name] = (self.network[node].size, np.float64 if real else np.int64)
+            sizes[name] = (self.network[node].watchable[state], np.float64 if real else np.int64)
         for number, (name, (size, dtype)) in enumerate(sizes.items()):
             path = self._job / f"{number}.npy"
             shape = (max(self.steps, 1), size)  # an empty file cannot be mapped

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from spiking_lm import __version__
 from spiking_lm.errors import CheckpointError, LoweringError, SpikingLMError, did_you_mean
 from spiking_lm.sealed import COMPLETE, SUMS, new_folder, verify_folder
-from spiking_lm_lava import cell, floating, graded, neurons  # noqa: F401  (their kinds are known from here on)
+from spiking_lm_lava import cell, cells_spikegpt, floating, graded, neurons  # noqa: F401  (their kinds are known from here on)
 from spiking_lm_lava.arithmetic import STATE_BITS
 from spiking_lm_lava.process import KINDS, Delaying, Process, Source, Synapse
 from spiking_lm_lava.values import Bounds, Range
@@ -280,17 +280,7 @@ class Network:
 
     def to_record(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         """Return the network as JSON-able data and arrays; :meth:`from_record` takes them back."""
-        nodes, arrays = [], {}
-        for node in self.nodes:
-            values: dict[str, Any] = {"kind": node.kind}
-            for item in fields(node):
-                value = getattr(node, item.name)
-                if isinstance(value, np.ndarray):
-                    if item.init and value.size:
-                        arrays[f"{node.name}.{item.name}"] = _smallest(value)
-                elif item.init:
-                    values[item.name] = value.item() if isinstance(value, np.generic) else value
-            nodes.append(values)
+        nodes, arrays = nodes_to_record(self.nodes)
         edges = [
             {"source": edge.source, "target": edge.target, "bits": edge.bits, "latency": self.latency(edge)}
             for edge in self.edges
@@ -300,17 +290,7 @@ class Network:
     @classmethod
     def from_record(cls, record: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Network:
         """Rebuild a network. Raises: LoweringError, KeyError, TypeError, ValueError for one that is damaged."""
-        nodes, left = [], dict(arrays)
-        for given in record["nodes"]:
-            values = dict(given)
-            kind = KINDS.get(values.pop("kind"))
-            if kind is None:
-                raise ValueError(f"there is no process of the kind {given['kind']!r}")
-            of_node = {name for name in left if name.partition(".")[0] == values["name"]}
-            values |= {name.partition(".")[2]: left.pop(name) for name in of_node}
-            nodes.append(kind(**values))
-        if left:
-            raise ValueError(f"the array {next(iter(left))!r} belongs to no node")
+        nodes = nodes_from_record(record["nodes"], arrays)
         edges = [Edge(given["source"], given["target"], given["bits"]) for given in record["edges"]]
         network = cls(tuple(nodes), tuple(edges), checked=bool(record["checked"]))
         for edge, given in zip(network.edges, record["edges"], strict=True):
@@ -359,6 +339,38 @@ class Network:
         ) as error:
             what = error.message if isinstance(error, SpikingLMError) else f"{type(error).__name__}: {error}"
             raise CheckpointError(f"{folder}: not a network ({what})", hint=_AGAIN) from error
+
+
+def nodes_to_record(nodes: Sequence[Process]) -> tuple[list[dict[str, Any]], dict[str, NDArray[Any]]]:
+    """Return processes as JSON-able data and arrays, ``"node.field"``; :func:`nodes_from_record` takes them back."""
+    records, arrays = [], {}
+    for node in nodes:
+        values: dict[str, Any] = {"kind": node.kind}
+        for item in fields(node):
+            value = getattr(node, item.name)
+            if isinstance(value, np.ndarray):
+                if item.init and value.size:
+                    arrays[f"{node.name}.{item.name}"] = _smallest(value)
+            elif item.init:
+                values[item.name] = value.item() if isinstance(value, np.generic) else value
+        records.append(values)
+    return records, arrays
+
+
+def nodes_from_record(records: list[dict[str, Any]], arrays: Mapping[str, NDArray[Any]]) -> list[Process]:
+    """Rebuild processes. Raises: LoweringError, KeyError, TypeError, ValueError for what is damaged."""
+    nodes, left = [], dict(arrays)
+    for given in records:
+        values = dict(given)
+        kind = KINDS.get(values.pop("kind"))
+        if kind is None:
+            raise ValueError(f"there is no process of the kind {given['kind']!r}")
+        of_node = {name for name in left if name.partition(".")[0] == values["name"]}
+        values |= {name.partition(".")[2]: left.pop(name) for name in of_node}
+        nodes.append(kind(**values))
+    if left:
+        raise ValueError(f"the array {next(iter(left))!r} belongs to no node")
+    return nodes
 
 
 def _smallest(array: NDArray[Any]) -> NDArray[Any]:

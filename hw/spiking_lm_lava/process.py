@@ -77,6 +77,11 @@ class Process(ABC):
         array.flags.writeable = False
         return array
 
+    @property
+    def watchable(self) -> dict[str, int]:
+        """The states that a run can give after each step, and their sizes."""
+        return dict.fromkeys(self.states, self.size)
+
     def error(self, what: str, hint: str | None = None) -> LoweringError:
         """Return an error that names this process."""
         return LoweringError(f"{self.kind} {self.name!r}: {what}", hint=hint)

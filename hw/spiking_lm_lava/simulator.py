@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spiking_lm.errors import DataError
-from spiking_lm_lava.arithmetic import shift
+from spiking_lm_lava.arithmetic import ALIGN_SHIFT, DECAY_UNITY, STATE_LIMIT, decayed, shift
 from spiking_lm_lava.network import Network
+from spiking_lm_lava.neurons import LIF
 from spiking_lm_lava.process import Delaying, Process, Sink, Source, State, Synapse
 from spiking_lm_lava.values import Range
 
@@ -116,7 +117,10 @@ class Simulator:
     def _prepared(self, node: Process) -> _Prepared:
         reads = [[self._slot[edge.source] for edge in self.network.arriving(node.name, port)] for port in node.reads]
         sends = [self._slot[f"{node.name}.{port}"] for port in node.sends]
-        return _Prepared(node, reads, sends, self._products.get(node.name))
+        lif = None
+        if self.network.checked and isinstance(node, LIF) and node.vth_lo is None and not node.reset_interval:
+            lif = _BinaryLIF(node, saturates="v" in self.network.bounds[node.name].saturates)
+        return _Prepared(node, reads, sends, self._products.get(node.name), lif)
 
     def initial(self) -> NetworkState:
         """Return the state before the first step."""
@@ -144,7 +148,7 @@ class Simulator:
             elif part.delays:
                 part.receive(nodes[name], arrived[0])
             else:
-                for slot, value in zip(part.sends, part.node.step(nodes[name], state.t, *arrived), strict=True):
+                for slot, value in zip(part.sends, part.step(nodes[name], state.t, *arrived), strict=True):
                     values[slot] = value
         return sinks
 
@@ -218,7 +222,7 @@ class Simulator:
                     part.receive(now.nodes[name], arrived[0])
                 else:
                     for slot, value in zip(
-                        part.sends, part.node.step(now.nodes[name], now.t + i + 1, *arrived), strict=True
+                        part.sends, part.step(now.nodes[name], now.t + i + 1, *arrived), strict=True
                     ):
                         column[slot] = value
                 for of_node, kept in wanted.get(name, {}).items():
@@ -233,10 +237,18 @@ class Simulator:
 class _Prepared:
     """A node with the slots that it reads and writes."""
 
-    def __init__(self, node: Process, reads: list[list[int]], sends: list[int], product: _Product | None) -> None:
+    def __init__(
+        self,
+        node: Process,
+        reads: list[list[int]],
+        sends: list[int],
+        product: _Product | None,
+        lif: _BinaryLIF | None,
+    ) -> None:
         self.node, self.reads, self.sends, self.product = node, reads, sends, product
         self.delays = isinstance(node, Delaying)
         self.loops = bool({slot for slots in reads for slot in slots} & set(sends))
+        self.step: Callable[..., tuple[Any, ...]] = node.step if lif is None else lif
 
     def receive(self, state: State, arrived: Any) -> None:
         """Let a process that delays take one row."""
@@ -267,16 +279,41 @@ class _Prepared:
             state["pending"] = ahead[steps:].copy()
             return (ahead[:steps],)
         if not state and steps:
-            return self.node.step(state, t, *arrived)
+            return self.step(state, t, *arrived)
         sent: list[list[Any]] = [[] for _ in self.sends]
         for i in range(steps):
-            results = self.node.step(state, t + i + 1, *(rows[i] for rows in arrived))
+            results = self.step(state, t + i + 1, *(rows[i] for rows in arrived))
             for kept, value in zip(sent, results, strict=True):
                 kept.append(value)
             for name, values in wanted.items():
                 values.append(state[name])
         sizes = [self.node.port_size(port) for port in self.node.sends]
         return tuple(_stacked(kept, size) for kept, size in zip(sent, sizes, strict=True))
+
+
+class _BinaryLIF:
+    """The step of a LIF without what range analysis says is never needed: a current never wraps, and what a membrane
+    loses at the upper end of its bits is lost to the spike in any case."""
+
+    def __init__(self, node: LIF, *, saturates: bool) -> None:
+        self.du, self.dv, self.threshold = node.du + 1, node.dv, node.vth << ALIGN_SHIFT
+        self.bias = node.bias if node.bias.any() else None
+        self.least = 1 - STATE_LIMIT if saturates else None
+
+    def __call__(self, state: State, t: int, a: Any) -> tuple[Any, ...]:
+        """Return spikes, and put the next state into ``state``."""
+        u = a << ALIGN_SHIFT
+        if self.du < DECAY_UNITY:
+            u += decayed(state["u"], self.du)
+        v = u.copy() if self.dv == DECAY_UNITY else decayed(state["v"], self.dv) + u
+        if self.bias is not None:
+            v += self.bias
+        if self.least is not None:
+            np.maximum(v, self.least, out=v)
+        spikes = (v > self.threshold).astype(np.int64)
+        v *= 1 - spikes
+        state["u"], state["v"] = u, v
+        return (spikes,)
 
 
 class _Product:

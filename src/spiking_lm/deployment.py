@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from spiking_lm.recipe import Recipe, split_choice
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from spiking_lm.data import Data
+    from spiking_lm.data import Data, Tokenizer
     from spiking_lm.interfaces import SpikingLanguageModel
     from spiking_lm.rundir import RunDir
 
@@ -31,7 +31,8 @@ def deploy(run: RunDir, recipe: Recipe, model: SpikingLanguageModel, data: Data)
     """Lower ``model`` as ``recipe.deploy`` says, save the program as ``<run>/program``, run it and the model.
 
     Returns the JSON-able account: what :func:`run_program` gives, the model's perplexity on the very same tokens, and
-    how far the program is from the model.
+    how far the program is from the model; of a backend that quantises, the perplexity of the quantised model in torch,
+    and how far the program is from that.
 
     Raises: LoweringError naming the op that cannot be placed; DataError when the split has not two tokens,
     UsageError when the data is no text.
@@ -48,13 +49,20 @@ def deploy(run: RunDir, recipe: Recipe, model: SpikingLanguageModel, data: Data)
     split = recipe.evaluate.split if recipe.evaluate is not None else "test"
     tokens = sample_tokens(data, split, options["tokens"] + 1)
     folder = run.path / "program"
-    lower(model, backend, **options).save(folder, files={"tokenizer.json": data.tokenizer.to_json()})
+    program = lower(model, backend, text=lambda n: sample_tokens(data, "train", n), **options)
+    program.save(folder, files={"tokenizer.json": data.tokenizer.to_json()})
     program = load_program(folder)
     account, result = run_program(program, tokens, f"the {split} split")
     # Where a program rounds to spikes as its model does, the last bits of a sum decide: they are compared in its own.
     same = model if program.reals == "float32" else copy.deepcopy(model).double()
     logits = model_logits(same, tokens[:-1])
     difference = np.abs(logits - result.logits)
+    quantised = program.reference_logits(tokens[:-1])
+    if quantised is not None:
+        account |= {
+            "quantised_perplexity": float(np.exp(score(ProgramResult(quantised, None), tokens).mean())),
+            "quantised_difference": float(np.abs(quantised - result.logits).max()),
+        }
     return {
         **account,
         "options": options,
@@ -88,6 +96,18 @@ def run_program(program: Program, tokens: NDArray[Any], words: str) -> tuple[dic
         "report": program.report(result).to_dict(),
     }
     return account, result
+
+
+def embedded_tokens(tokenizer: Tokenizer, n: int, part: Literal["train", "valid"] = "valid") -> NDArray[np.int64]:
+    """Return the first ``n`` tokens (or all, where it has fewer) of a part of the embedded corpus austen3."""
+    from spiking_lm import data
+
+    corpus: Any = data.load({"type": "austen3", "tokenizer": {"type": "byte"}})
+    text = bytes(getattr(corpus, part).tokens).decode("utf-8")
+    size = 8 * n
+    while len(ids := tokenizer.encode(text[:size])) <= n and size < len(text):
+        size *= 2  # the last token may be cut, so there must be one more than is taken
+    return np.asarray(ids[:n]).astype(np.int64)
 
 
 def model_logits(model: SpikingLanguageModel, tokens: NDArray[Any]) -> NDArray[np.float32]:

@@ -12,7 +12,7 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -155,6 +155,14 @@ class Program(ABC):
     def to_folder(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         """Return what ``program.json`` and ``weights.safetensors`` hold; :meth:`from_folder` takes them back."""
 
+    def reference_logits(self, tokens: NDArray[Any]) -> NDArray[np.float32] | None:
+        """Return the logits ``(S, V)`` of the same numbers computed in torch by other code, where there is such code.
+
+        A run compares the program with it, and both with the model: what quantisation costs, and that nothing else
+        does.
+        """
+        return None
+
     @classmethod
     @abstractmethod
     def from_folder(cls, record: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Program:
@@ -199,14 +207,25 @@ class Program(ABC):
         return ids.astype(np.int64)
 
 
-def lower(model: SpikingLanguageModel, backend: str, **options: Any) -> Program:
+Text = Callable[[int], "NDArray[Any]"]
+"""From a number of tokens to the ids of so many of a text, or of fewer."""
+
+
+def lower(model: SpikingLanguageModel, backend: str, *, text: Text | None = None, **options: Any) -> Program:
     """Lower ``model`` to the hardware backend registered as ``backend``; ``options`` are those of its configuration.
+
+    ``text`` is asked by a backend that calibrates (:attr:`~spiking_lm.records.BackendSpec.calibrates`), for as many
+    tokens as its options say.
 
     Raises: LoweringError naming the op that cannot be placed and why; UnknownNameError, ConfigError, MissingExtraError.
     """
     entry = registry.get("backends", backend)
     config = parse_config(entry.load("config"), options, where=f"backend {backend!r}")
-    program: Program = entry.load("lower")(model, config)
+    given: tuple[Any, ...] = (model, config)
+    if entry.spec.calibrates:
+        wanted = config.calibration_tokens
+        given = (*given, text(wanted) if text is not None and wanted else None)
+    program: Program = entry.load("lower")(*given)
     return program
 
 

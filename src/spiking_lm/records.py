@@ -112,6 +112,10 @@ class BackendSpec(Record):
     check: str | None = None
     """``f(graph, config) -> None``: raises LoweringError for what no weights could make fit; runs ask before they train
     or convert."""
+    calibrates: bool = False
+    """Whether ``lower`` takes a text too, as ``f(model, config, text)``: token ids (S,), ``config.calibration_tokens``
+    of them, that it may look at while it chooses formats, or None. A run gives the beginning of what it trained on, the
+    command the embedded corpus."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -24,7 +24,7 @@ def command(
     It runs on the simulator of its backend, without torch; with neither TEXT nor FILE it reads the embedded corpus.
     """
     from spiking_lm.cli._output import console, print_json
-    from spiking_lm.deployment import render, run_program
+    from spiking_lm.deployment import embedded_tokens, render, run_program
     from spiking_lm.errors import UsageError
     from spiking_lm.hardware import load_program
 
@@ -38,7 +38,7 @@ def command(
     elif file is not None:
         ids, words = tokenizer.encode(_read(file))[: tokens + 1], file.name
     else:
-        ids, words = _corpus(tokenizer, tokens + 1), "the embedded corpus austen3 (validation part)"
+        ids, words = embedded_tokens(tokenizer, tokens + 1), "the embedded corpus austen3 (validation part)"
     account, _ = run_program(loaded, ids, words)
     if json:
         print_json({"program": str(folder), **account})
@@ -77,15 +77,3 @@ def _read(file: Path) -> str:
         raise DataError(f"{file} is not UTF-8 text (byte {error.start})", hint="convert it to UTF-8") from None
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}") from None
-
-
-def _corpus(tokenizer: Tokenizer, n: int) -> Any:
-    """Return the first ``n`` tokens of the embedded corpus's validation part."""
-    from spiking_lm import data
-
-    corpus: Any = data.load({"type": "austen3", "tokenizer": {"type": "byte"}})
-    text = bytes(corpus.valid.tokens).decode("utf-8")
-    size = 8 * n
-    while len(ids := tokenizer.encode(text[:size])) <= n and size < len(text):
-        size *= 2  # the last token may be cut, so there must be one more than is taken
-    return ids[:n]

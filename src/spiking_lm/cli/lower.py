@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 def command(
@@ -21,12 +25,14 @@ def command(
 ) -> None:
     """Lower a model to hardware: a program that runs without torch.
 
-    Every operation is placed. What cannot be is named, with the reason; nothing is left out silently. 'spiking-lm
-    deploy DIR' runs the program.
+    Every operation is placed. What cannot be is named, with the reason; nothing is left out silently. A backend that
+    quantises looks at the embedded corpus. 'spiking-lm deploy DIR' runs the program.
     """
     from spiking_lm import checkpoints, doctor, hardware
     from spiking_lm.cli._output import console, errors, print_json
     from spiking_lm.cli.convert import read_settings
+    from spiking_lm.data import load_tokenizer
+    from spiking_lm.deployment import embedded_tokens
     from spiking_lm.errors import UsageError
 
     if setup:
@@ -37,8 +43,15 @@ def command(
         lacking = "a MODEL" if model is None else "--out DIR"
         raise UsageError(f"lower needs {lacking}", hint="spiking-lm lower MODEL --backend NAME --out DIR")
     folder = checkpoints.resolve_model(model)
-    program = hardware.lower(checkpoints.load_model(folder), backend, **read_settings(settings))
     tokenizer = folder / "tokenizer.json"
+    text = None
+    if tokenizer.is_file():
+        known = load_tokenizer(tokenizer)
+
+        def text(n: int) -> NDArray[Any]:
+            return embedded_tokens(known, n, "train")
+
+    program = hardware.lower(checkpoints.load_model(folder), backend, text=text, **read_settings(settings))
     program.save(out, files={tokenizer.name: tokenizer.read_bytes()} if tokenizer.is_file() else {})
     report = program.report()
     if json:

@@ -286,6 +286,10 @@ def run_grid(account: Row) -> Grid:
             ["largest difference", f"{account['largest_difference']:.3g}", "of any logit"],
             ["same guess", percent(account["same_guess"]), "tokens at which both hold the same next one likeliest"],
         ]
+    if "quantised_perplexity" in account:
+        apart = account["quantised_difference"]
+        remark = "quantised, in torch; its logits are " + ("the program's" if not apart else f"up to {apart:.3g} off")
+        rows.insert(1, ["perplexity of the model, quantised", f"{account['quantised_perplexity']:.4f}", remark])
     rows.append(["speed of the simulator", f"{account['tokens_per_s']:,.0f}", "tokens/s on this machine"])
     return ["figure", ">value", "remark"], rows
 
