@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from spiking_lm import __version__
 from spiking_lm.errors import CheckpointError, LoweringError, SpikingLMError, did_you_mean
 from spiking_lm.sealed import COMPLETE, SUMS, new_folder, verify_folder
-from spiking_lm_lava import cell, cells_spikegpt, floating, graded, neurons  # noqa: F401  (their kinds are known from here on)
+from spiking_lm_lava import cell, cells_spikegpt, floating, graded, neurons  # noqa: F401  (kinds known from here on)
 from spiking_lm_lava.arithmetic import STATE_BITS
 from spiking_lm_lava.process import KINDS, Delaying, Process, Source, Synapse
 from spiking_lm_lava.values import Bounds, Range

@@ -53,6 +53,8 @@ class TokenModel:
     """A graph of tokens in torch."""
 
     def __init__(self, graph: TokenGraph) -> None:
+        from spiking_lm_lava import torch_spikegpt  # noqa: F401  (here, for it registers with this module)
+
         self.graph = graph
         self.order = [node for node in graph.ordered() if not isinstance(node, Source)]
         self.steps = {node.name: ARITHMETIC[type(node)](node) for node in self.order if not isinstance(node, Sink)}

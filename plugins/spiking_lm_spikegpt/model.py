@@ -25,7 +25,21 @@ from torch import Tensor, nn
 from spiking_lm import create_neuron
 from spiking_lm.errors import UsageError
 from spiking_lm.graph import LMGraph, Op
-from spiking_lm.interfaces import Encoding, LMOutput, Neuron, SpikeSite, SpikingLanguageModel, State, mean_over_steps
+from spiking_lm.interfaces import (
+    Encoding,
+    LayerNormDynamics,
+    LIFDynamics,
+    LMOutput,
+    Neuron,
+    SigmoidGateDynamics,
+    SpikeSite,
+    SpikingLanguageModel,
+    SquaredReLUDynamics,
+    State,
+    TokenShiftDynamics,
+    WKVDynamics,
+    mean_over_steps,
+)
 from spiking_lm.kernels import spike, wkv
 from spiking_lm_spikegpt.config import SpikeGPTConfig
 
@@ -393,9 +407,12 @@ def _ops(model: SpikeGPT) -> list[Op]:
         firing = dict(block.firings())[site]
         name = f"blocks.{block.layer}.{site}"
         module = f"blocks.{block.layer}.neurons.{site}.neuron"
-        scaled = 2 if firing.gain is not None else 0
-        ops = (4 + scaled) * firing.size
-        return add(name, "neuron", (source,), firing.neuron.spike_kind, firing.size, module=module, other_ops=ops)
+        learned = (
+            {} if firing.gain is None else {x: f"blocks.{block.layer}.neurons.{site}.{x}" for x in ("gain", "bias")}
+        )
+        more: dict[str, Any] = {"module": module, "parameters": learned, "dynamics": firing.neuron.dynamics}
+        ops = (4 + len(learned)) * firing.size
+        return add(name, "neuron", (source,), firing.neuron.spike_kind, firing.size, other_ops=ops, **more)
 
     def linear(block: Block, mix: str, matrix: str, source: str) -> str:
         name = f"blocks.{block.layer}.{mix}.{matrix}"
@@ -404,11 +421,14 @@ def _ops(model: SpikeGPT) -> list[Op]:
         return add(name, "linear", (source,), n=n_out, weight=(n_out, n_in), module=name)
 
     def norm(name: str, source: str) -> str:
-        return add(name, "norm", (source,), module=name, other_ops=8 * size)
+        dynamics = LayerNormDynamics(model.ln_out.eps)
+        return add(name, "norm", (source,), module=name, dynamics=dynamics, other_ops=8 * size)
 
+    gating = SigmoidGateDynamics()
     x = add("emb", "embedding", ("tokens",), module="emb")
     if model.binarise:
-        x = add("embedding", "neuron", (x,), "binary", other_ops=size)
+        above_zero = LIFDynamics(beta=0.0, gain=1.0, threshold=0.0)
+        x = add("embedding", "neuron", (x,), "binary", dynamics=above_zero, other_ops=size)
     for i, block in enumerate(model.layers()):
         if block.ln0 is not None:
             x = norm(f"blocks.{i}.ln0", x)
@@ -418,20 +438,33 @@ def _ops(model: SpikeGPT) -> list[Op]:
             mix = getattr(block, mix_name)
 
             def shifted(which: str, p: str = p, normed: str = normed) -> str:
-                return add(f"{p}.shift_{which}", "token_shift", (normed,), other_ops=3 * size)
+                mix = {"mix": f"{p}.time_mix_{which}"}
+                dynamics = TokenShiftDynamics()
+                name = f"{p}.shift_{which}"
+                return add(name, "token_shift", (normed,), parameters=mix, dynamics=dynamics, other_ops=3 * size)
 
             key = linear(block, mix_name, "key", shifted("k"))
             if isinstance(mix, TimeMix):
                 value = linear(block, mix_name, "value", shifted("v"))
                 gate = linear(block, mix_name, "receptance", shifted("r"))
-                memory = add(f"{p}.wkv", "wkv", (key, value), other_ops=20 * size)
-                gated = add(f"{p}.gate", "elementwise", (memory, gate), other_ops=5 * size)
+                times = {"decay": f"{p}.time_decay", "first": f"{p}.time_first"}
+                dynamics = None if block.rescale else WKVDynamics()  # the graph knows nothing of halvings
+                memory = add(f"{p}.wkv", "wkv", (key, value), parameters=times, dynamics=dynamics, other_ops=20 * size)
+                gated = add(f"{p}.gate", "elementwise", (memory, gate), dynamics=gating, other_ops=5 * size)
                 out = linear(block, mix_name, "output", gated)
             else:
                 gate = linear(block, mix_name, "receptance", shifted("r"))
-                relu = add(f"{p}.relu2", "elementwise", (key,), "graded", 4 * size, other_ops=8 * size)
+                relu = add(
+                    f"{p}.relu2",
+                    "elementwise",
+                    (key,),
+                    "graded",
+                    4 * size,
+                    dynamics=SquaredReLUDynamics(),
+                    other_ops=8 * size,
+                )
                 value = linear(block, mix_name, "value", relu)
-                out = add(f"{p}.gate", "elementwise", (value, gate), other_ops=5 * size)
+                out = add(f"{p}.gate", "elementwise", (value, gate), dynamics=gating, other_ops=5 * size)
             x = add(f"blocks.{i}.add_{mix_name}", "residual", (x, neuron(block, mix_name, out)), other_ops=size)
     x = norm("ln_out", x)
     vocab = model.config.vocab_size

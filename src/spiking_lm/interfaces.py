@@ -306,6 +306,33 @@ class EGRUDynamics:
     zoneout: float = 0.0
 
 
+@dataclass(frozen=True)
+class LayerNormDynamics:
+    """``(x - mean) / sqrt(variance + eps)`` over all channels, times ``weight`` plus ``bias``, parameters of the op."""
+
+    eps: float
+
+
+@dataclass(frozen=True)
+class TokenShiftDynamics:
+    """``mix x_t + (1 - mix) x_{t-1}``, per channel; parameter ``mix``. Before the first token x is 0."""
+
+
+@dataclass(frozen=True)
+class WKVDynamics:
+    """RWKV-4's time mix (:func:`spiking_lm.kernels.wkv`) of keys and values; parameters ``decay`` and ``first``."""
+
+
+@dataclass(frozen=True)
+class SigmoidGateDynamics:
+    """The first input times the sigmoid of the second."""
+
+
+@dataclass(frozen=True)
+class SquaredReLUDynamics:
+    """``max(x, 0)^2``."""
+
+
 class Neuron(nn.Module, ABC):
     """A population of neurons along the sequence: one step is one token.
 
