@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from spiking_lm_lava import install
+from spiking_lm_lava.netx import read_netx
 from spiking_lm_lava.process import KINDS
+from spiking_lm_lava.simulator import Simulator
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +28,18 @@ def test_the_example_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (tmp_path / "network" / "COMPLETE").exists()
 
 
+def test_the_example_of_training_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    training, nir = re.findall(r"```python\n((?:import torch|from spiking_lm_lava.nir).*?)```", page, re.DOTALL)[:2]
+    scope: dict[str, Any] = {}
+    exec(compile(training + nir, "docs/lava.md", "exec"), scope)
+    assert 0 < float(scope["spikes"].detach().mean()) < 1
+    network, row = scope["network"], scope["x"][0].numpy().astype(int)
+    for same in (network, read_netx("trained.net"), scope["again"]):
+        late = Simulator(same).run({"input": row}).sinks["output"]
+        assert (late[2:] == scope["spikes"][0, :-2].detach().numpy()).all()
+
+
 def test_every_process_is_on_the_page_with_its_ports(page: str) -> None:
     for kind, cls in KINDS.items():
         if not kind.startswith("float_"):
@@ -36,4 +50,5 @@ def test_every_process_is_on_the_page_with_its_ports(page: str) -> None:
 
 def test_the_commands_are_those_of_the_code(page: str) -> None:
     assert install.SETUP_COMMAND in page
+    assert install.LAVA_DL_COMMAND in page
     assert install.PYTHON_VARIABLE in page
