@@ -93,7 +93,7 @@ def _compiled_gelu(x: Tensor) -> Tensor:
 
     flat = x.detach().contiguous().view(-1)
     y = torch.empty_like(flat)
-    cast("Any", jit_layers)._gelu(flat.numpy(), y.numpy())
+    cast("Any", jit_layers)._gelu(flat.numpy(), 0, len(flat), y.numpy())
     return y.view(x.shape)
 
 
@@ -107,7 +107,7 @@ def test_gelu_is_nearer_to_the_truth_than_torch() -> None:
     true = F.gelu(wide)
     (true_slope,) = torch.autograd.grad(true.sum(), [wide])
     g = torch.ones(len(x))
-    cast("Any", jit_layers)._gelu_backward(x.detach().numpy(), g.numpy())
+    cast("Any", jit_layers)._gelu_backward(x.detach().numpy(), 0, len(x), g.numpy(), 0)
 
     def error(y: Tensor, exact: Tensor) -> float:
         return float((y.double() - exact).abs().max())

@@ -175,7 +175,12 @@ def elastic_scan(
 
 def elastic_factors(alpha: Tensor, dtype: torch.dtype, *, beta: float, bits: int, reset: str) -> Any:
     """Return ``(T, 5)``, per step: bound, amplitude, and what a membrane is multiplied with where it is carried on."""
-    a = alpha.detach().to(dtype).numpy()
+    return _elastic_factors(tuple(alpha.tolist()), dtype, beta, bits, reset)
+
+
+@lru_cache(maxsize=256)
+def _elastic_factors(alpha: tuple[float, ...], dtype: torch.dtype, beta: float, bits: int, reset: str) -> Any:
+    a = torch.tensor(alpha, dtype=torch.float64).to(dtype).numpy()
     size, half = np.maximum(a, a.dtype.type(LEAST_AMPLITUDE)), a.dtype.type(0.5 if bits == 2 else 0.0)
     rest = [a - size, a - size if reset == "symmetric" else a + size, a]
     return np.stack([half * size, size, *(a.dtype.type(beta) * r for r in rest)], 1)

@@ -4,6 +4,9 @@ Every kernel works on ``start ... stop`` of its independent units, so that threa
 interpreter's lock. Arrays come as their memory, one-dimensional, with distances between steps beside them: one compiled
 form serves every layout.
 
+Places in memory are unsigned, because of a signed one numba asks whether it counts from the end. Short rows are not
+sliced: a slice counts references, which takes longer than sixteen numbers do.
+
 Nothing is reordered or contracted but in sums over a row of attention, where order is nobody's business. So what the
 scans compute is, operation by operation, what their definitions compute.
 """
@@ -12,7 +15,20 @@ from __future__ import annotations
 
 import numpy as np
 
-from spiking_lm.kernels.jit_core import BLOCK, PAD, aligned, compiled, exp, fma, largest_of_sixteens, product, where
+from spiking_lm.kernels.jit_core import (
+    BLOCK,
+    PAD,
+    across,
+    aligned,
+    compiled,
+    exp,
+    fma,
+    largest_of_sixteens,
+    product,
+    where,
+    will_read,
+    will_write,
+)
 
 # -- attention ---------------------------------------------------------------------------------------------------------
 
@@ -20,73 +36,95 @@ from spiking_lm.kernels.jit_core import BLOCK, PAD, aligned, compiled, exp, fma,
 @compiled()
 def _take(source, offset, row, rows, columns, out):
     for i in range(rows):
-        line, to = source[offset + i * row : offset + i * row + columns], out[i]
-        for j in range(columns):
-            to[j] = line[j]
+        at = np.uintp(offset + i * row)
+        for j in range(np.uintp(columns)):
+            out[i, j] = source[at + j]
 
 
 @compiled()
-def _take_across(source, offset, row, rows, columns, out):
+def _expect(source, offset, row, rows, columns):
+    """Ask for what :func:`_take` will read; rows of a head lie apart, which the processor does not foresee."""
     for i in range(rows):
-        line, to = source[offset + i * row : offset + i * row + columns], out[:, i]
-        for j in range(columns):
-            to[j] = line[j]
+        at = source.ctypes.data + (offset + i * row) * source.itemsize
+        for j in range(0, columns * source.itemsize, 64):
+            will_read(at + j)
+
+
+@compiled()
+def _expect_to_put(target, offset, row, rows, columns):
+    for i in range(rows):
+        at = target.ctypes.data + (offset + i * row) * target.itemsize
+        for j in range(0, columns * target.itemsize, 64):
+            will_write(at + j)
 
 
 @compiled()
 def _put(x, rows, columns, target, offset, row):
     for i in range(rows):
-        line, to = x[i], target[offset + i * row : offset + i * row + columns]
-        for j in range(columns):
-            to[j] = line[j]
+        at = np.uintp(offset + i * row)
+        for j in range(np.uintp(columns)):
+            target[at + j] = x[i, j]
 
 
 @compiled(fastmath={"reassoc", "contract"})
-def _sum(x):
-    total = x.dtype.type(0)
-    for j in range(len(x)):
-        total += x[j]
-    return total
-
-
-@compiled(fastmath={"reassoc", "contract"})
-def _dot(x, y, n):
-    total = x.dtype.type(0)
-    for j in range(n):
-        total += x[j] * y[j]
-    return total
-
-
-@compiled()
-def _largest(x):
-    """The largest of some numbers; what is no number is passed over."""
-    whole = len(x) - len(x) % 16
-    top = largest_of_sixteens(x.ctypes.data, whole // 16, x[0])
-    for j in range(whole, len(x)):
-        top = where(x[j] > top, x[j], top)
-    return top
-
-
-@compiled()
 def _softmax(x, mask, mask_offset, mask_row, rows, columns):
-    """Turn scores into weights, row by row; a number that is none makes all its row so."""
+    """Turn scores into weights, row by row; a number that is none makes all its row so.
+
+    The largest of a row passes over what is no number.
+    """
+    one, whole, size = x.dtype.type(1), columns - columns % 16, x.shape[1] * x.itemsize
     for i in range(rows):
-        line = x[i, :columns]
         if len(mask):
-            added = mask[mask_offset + i * mask_row : mask_offset + i * mask_row + columns]
+            at = np.uintp(mask_offset + i * mask_row)
+            for j in range(np.uintp(columns)):
+                x[i, j] += mask[at + j]
+        top = largest_of_sixteens(x.ctypes.data + i * size, whole // 16, x[i, 0])
+        for j in range(whole, columns):
+            top = where(x[i, j] > top, x[i, j], top)
+        total = x.dtype.type(0)
+        for j in range(columns):
+            x[i, j] = exp(x[i, j] - top)
+            total += x[i, j]
+        share = one / total
+        for j in range(columns):
+            x[i, j] *= share
+
+
+@compiled(fastmath={"reassoc", "contract"})
+def _softmax_backward(weights, keep, keep_offset, rows, columns, mixed, slopes):
+    """Write weights with dropout, and turn the slopes of what they mixed into those of the scores, row by row."""
+    for i in range(rows):
+        along = weights.dtype.type(0)
+        if len(keep):
+            at = np.uintp(keep_offset + i * columns)
+            for j in range(np.uintp(columns)):
+                mixed[i, j] = weights[i, j] * keep[at + j]
+                slopes[i, j] *= keep[at + j]
+                along += slopes[i, j] * weights[i, j]
+        else:
             for j in range(columns):
-                line[j] += added[j]
-        top = _largest(line)
+                mixed[i, j] = weights[i, j]
+                along += slopes[i, j] * weights[i, j]
         for j in range(columns):
-            line[j] = exp(line[j] - top)
-        share = x.dtype.type(1) / _sum(line)
-        for j in range(columns):
-            line[j] *= share
+            slopes[i, j] = weights[i, j] * (slopes[i, j] - along)
 
 
 @compiled()
 def _padded(n):
     return (n + PAD - 1) // PAD * PAD
+
+
+@compiled()
+def _where(unit, heads, batch):
+    """Step, row of the batch and head of a unit."""
+    return unit // heads // batch, unit // heads % batch, unit % heads
+
+
+@compiled()
+def _offset(unit, heads, batch, at):
+    """Where the first row of a unit is, given the distances of :func:`attention_forward`."""
+    t, n, h = _where(unit, heads, batch)
+    return t * at[0] + n * at[1] + h * at[2]
 
 
 @compiled()
@@ -98,18 +136,23 @@ def attention_forward(start, stop, shape, q, k, v, q_at, k_at, v_at, mask, mask_
     kt, b = aligned(width, columns, q), aligned(columns, width, q)
     one = q.dtype.type(1)
     for unit in range(start, stop):
-        h, n, t = unit % heads, unit // heads % batch, unit // heads // batch
-        _take(q, t * q_at[0] + n * q_at[1] + h * q_at[2], q_at[3], queries, size, a)
-        _take_across(k, t * k_at[0] + n * k_at[1] + h * k_at[2], k_at[3], length, size, kt)
-        _take(v, t * v_at[0] + n * v_at[1] + h * v_at[2], v_at[3], length, size, b)
+        t, n, h = _where(unit, heads, batch)
+        _take(q, _offset(unit, heads, batch, q_at), q_at[3], queries, size, a)
+        _take(k, _offset(unit, heads, batch, k_at), k_at[3], length, size, b)
+        across(b, kt)
+        _take(v, _offset(unit, heads, batch, v_at), v_at[3], length, size, b)
+        if unit + 1 < stop:
+            _expect(q, _offset(unit + 1, heads, batch, q_at), q_at[3], queries, size)
+            _expect(k, _offset(unit + 1, heads, batch, k_at), k_at[3], length, size)
+            _expect(v, _offset(unit + 1, heads, batch, v_at), v_at[3], length, size)
+        _expect_to_put(y, ((t * batch + n) * queries * heads + h) * size, heads * size, queries, size)
         product(c, a, False, kt, rows, columns, size, scale)
         _softmax(c, mask, n * mask_at[0], mask_at[1], queries, length)
         if len(keep):
             for i in range(queries):
-                at, line = ((n * heads + h) * queries + i) * length, c[i]
-                left = keep[at : at + length]
-                for j in range(length):
-                    line[j] *= left[j]
+                at = np.uintp(((n * heads + h) * queries + i) * length)
+                for j in range(np.uintp(length)):
+                    c[i, j] *= keep[at + j]
         product(out, c, False, b, rows, width, length, one)
         _put(out, queries, size, y, ((t * batch + n) * queries * heads + h) * size, heads * size)
 
@@ -124,34 +167,35 @@ def attention_backward(start, stop, shape, q, k, v, q_at, k_at, v_at, mask, mask
     dropped = aligned(rows, columns, q)
     kt, vt = aligned(width, columns, q), aligned(width, columns, q)
     b, out = aligned(columns, width, q), aligned(max(rows, columns), width, q)
-    ones, one = np.ones(length, q.dtype), q.dtype.type(1)
+    one = q.dtype.type(1)
     for unit in range(start, stop):
-        h, n, t = unit % heads, unit // heads % batch, unit // heads // batch
-        at_q, at_k = t * q_at[0] + n * q_at[1] + h * q_at[2], t * k_at[0] + n * k_at[1] + h * k_at[2]
-        _take(q, at_q, q_at[3], queries, size, a)
-        _take_across(k, at_k, k_at[3], length, size, kt)
+        t, n, h = _where(unit, heads, batch)
+        at_k = _offset(unit, heads, batch, k_at)
+        _take(q, _offset(unit, heads, batch, q_at), q_at[3], queries, size, a)
+        _take(v, _offset(unit, heads, batch, v_at), v_at[3], length, size, b)
+        across(b, vt)
         _take(k, at_k, k_at[3], length, size, b)
-        _take_across(v, t * v_at[0] + n * v_at[1] + h * v_at[2], v_at[3], length, size, vt)
-        _take(g, t * g_at[0] + n * g_at[1] + h * g_at[2], g_at[3], queries, size, ga)
+        across(b, kt)
+        _take(g, _offset(unit, heads, batch, g_at), g_at[3], queries, size, ga)
+        to_k, to_q = ((t * batch + n) * length * heads + h) * size, ((t * batch + n) * queries * heads + h) * size
+        if unit + 1 < stop:
+            _expect(q, _offset(unit + 1, heads, batch, q_at), q_at[3], queries, size)
+            _expect(k, _offset(unit + 1, heads, batch, k_at), k_at[3], length, size)
+            _expect(v, _offset(unit + 1, heads, batch, v_at), v_at[3], length, size)
+            _expect(g, _offset(unit + 1, heads, batch, g_at), g_at[3], queries, size)
+        _expect_to_put(gv, to_k, heads * size, length, size)
+        _expect_to_put(gk, to_k, heads * size, length, size)
+        _expect_to_put(gq, to_q, heads * size, queries, size)
         product(w, a, False, kt, rows, columns, size, scale)
         _softmax(w, mask, n * mask_at[0], mask_at[1], queries, length)
         product(gw, ga, False, vt, rows, columns, size, one)
-        for i in range(queries):
-            at, weights, mixed, slope = ((n * heads + h) * queries + i) * length, w[i], dropped[i], gw[i]
-            left = keep[at : at + length] if len(keep) else ones
-            for j in range(length):
-                mixed[j] = weights[j] * left[j]
-                slope[j] *= left[j]
-            mean = _dot(slope, weights, length)
-            for j in range(length):
-                slope[j] = weights[j] * (slope[j] - mean)
-        to_k = ((t * batch + n) * length * heads + h) * size
+        _softmax_backward(w, keep, (n * heads + h) * queries * length, queries, length, dropped, gw)
         product(out, dropped, True, ga, columns, width, queries, one)
         _put(out, length, size, gv, to_k, heads * size)
         product(out, gw, True, a, columns, width, queries, scale)
         _put(out, length, size, gk, to_k, heads * size)
         product(out, gw, False, b, rows, width, length, scale)
-        _put(out, queries, size, gq, ((t * batch + n) * queries * heads + h) * size, heads * size)
+        _put(out, queries, size, gq, to_q, heads * size)
 
 
 # -- elastic neurons ---------------------------------------------------------------------------------------------------

@@ -132,6 +132,26 @@ def _at(builder: Any, address: Any, offset: Any, kind: Any) -> Any:
     return builder.inttoptr(builder.add(address, offset), kind.as_pointer())
 
 
+def _prefetching(write: int) -> Any:
+    @intrinsic
+    def prefetch(typing: Any, address: Any) -> Any:
+        def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+            kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+            function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+            numbers = (ir.Constant(number, n) for n in (write, 2, 1))  # into the second-level cache; data, not code
+            builder.call(function, [builder.inttoptr(args[0], pointer), *numbers])
+            return context.get_dummy_value()
+
+        return types.void(types.intp), emit
+
+    return prefetch
+
+
+will_read, will_write = _prefetching(0), _prefetching(1)
+"""Ask for the line of the cache at an address, long before it is needed."""
+
+
 @intrinsic
 def largest_of_sixteens(typing: Any, address: Any, count: Any, start: Any) -> Any:
     """The largest of ``start`` and ``count`` times sixteen numbers: a plain running maximum is found one by one."""
@@ -219,6 +239,53 @@ def tile_onto(
         return context.get_dummy_value()
 
     return types.void(*(types.intp,) * 10, like), emit
+
+
+@intrinsic
+def _turn(typing: Any, source: Any, source_row: Any, target: Any, target_row: Any, like: Any) -> Any:
+    """Write a block of as many rows as a vector has lanes across: addresses, and distances in bytes.
+
+    Left to itself the compiler scatters single numbers, which takes several times as long.
+    """
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        source, source_row, target, target_row, like = args
+        vector, index = _registers(builder, like.type)[0], ir.IntType(32)
+        lanes = vector.count
+
+        def at(address: Any, distance: Any, i: int) -> Any:
+            return _at(builder, builder.add(address, builder.mul(distance, ir.Constant(distance.type, i))), 0, vector)
+
+        rows = [builder.load(at(source, source_row, i), align=64 // lanes) for i in range(lanes)]
+        step = 1
+        while step < lanes:  # two rows at a time exchange what is off the diagonal of blocks of two, four, eight ...
+            first = [e if not e & step else lanes + e - step for e in range(lanes)]
+            second = [e + step if not e & step else lanes + e for e in range(lanes)]
+            for i in (i for i in range(lanes) if not i & step):
+                pair = rows[i], rows[i + step]
+                rows[i], rows[i + step] = (
+                    builder.shuffle_vector(*pair, ir.Constant(ir.VectorType(index, lanes), order))
+                    for order in (first, second)
+                )
+            step *= 2
+        for i, row in enumerate(rows):
+            builder.store(row, at(target, target_row, i), align=64 // lanes)
+        return context.get_dummy_value()
+
+    return types.void(*(types.intp,) * 4, like), emit
+
+
+@compiled()
+def across(a, out):
+    """Write a padded matrix in the cache across into another one."""
+    size = a.itemsize
+    lanes = 64 // size
+    for i in range(0, a.shape[0], lanes):
+        for j in range(0, a.shape[1], lanes):
+            _turn(
+                a.ctypes.data + (i * a.shape[1] + j) * size, a.shape[1] * size,
+                out.ctypes.data + (j * out.shape[1] + i) * size, out.shape[1] * size, a.dtype.type(0),
+            )  # fmt: skip
 
 
 @compiled()

@@ -14,8 +14,8 @@ from spiking_lm.kernels.jit_core import COLUMNS, ROWS, aligned, compiled, exp, t
 
 CHUNK = 128
 """Rows, over all steps, that are in the cache together."""
-GAP = 16
-"""Numbers between two rows in the cache, so that rows of a power of two do not all go to the same few places of it."""
+PIECE = 2048
+"""Currents that are in the first-level cache together, as GELU makes them."""
 
 
 @compiled()
@@ -53,51 +53,83 @@ _DENSITY = np.float32((2 * np.pi) ** -0.5)
 
 
 @compiled(fastmath={"contract"})
-def _gelu(x, out):
-    """Write x Phi(x), Phi being the normal distribution."""
-    for j in range(len(out)):
-        t = _ONE / (_ONE + _T * abs(x[j]))
+def _gelu(x, at, size, out):
+    """Write x Phi(x), Phi being the normal distribution, of ``size`` numbers."""
+    at = np.uintp(at)
+    for j in range(np.uintp(size)):
+        number = x[at + j]
+        t = _ONE / (_ONE + _T * abs(number))
         tail = _TAIL[0]
         for i in range(1, 9):
             tail = tail * t + _TAIL[i]
-        tail *= _HALF * t * exp(-_HALF * x[j] * x[j])
-        out[j] = x[j] * where(x[j] < np.float32(0), tail, _ONE - tail)
+        tail *= _HALF * t * exp(-_HALF * number * number)
+        out[j] = number * where(number < np.float32(0), tail, _ONE - tail)
 
 
 @compiled(fastmath={"contract"})
-def _gelu_backward(x, g):
+def _gelu_backward(x, at, size, g, to):
     """Multiply g with Phi(x) + x Phi'(x)."""
-    for j in range(len(g)):
-        t = _ONE / (_ONE + _T * abs(x[j]))
-        tail, e = _TAIL[0], exp(-_HALF * x[j] * x[j])
+    at, to = np.uintp(at), np.uintp(to)
+    for j in range(np.uintp(size)):
+        number = x[at + j]
+        t = _ONE / (_ONE + _T * abs(number))
+        tail, e = _TAIL[0], exp(-_HALF * number * number)
         for i in range(1, 9):
             tail = tail * t + _TAIL[i]
         tail *= _HALF * t * e
-        g[j] *= where(x[j] < np.float32(0), tail, _ONE - tail) + x[j] * (e * _DENSITY)
+        g[to + j] *= where(number < np.float32(0), tail, _ONE - tail) + number * (e * _DENSITY)
 
 
 @compiled()
-def _fire_chunk(x, x_step, at, count, size, gelu, factors, t, carried, membranes, spikes):
-    """Fire in step t, exactly as ``elastic_forward``; membranes are kept unless there is no place for them."""
-    curved = np.zeros(size, np.float32)
-    bound, amplitude, positive, negative, silent = factors[t]
-    zero, row = np.float32(0), size + GAP
+def _fire(currents, at, count, factors, carried, rest, membranes, kept, spikes, out):
+    """Fire for ``count`` currents, exactly as ``elastic_forward``; membranes are kept unless there is no place."""
+    bound, amplitude, positive, negative, silent = factors
+    zero, at, rest, kept, out = np.float32(0), np.uintp(at), np.uintp(rest), np.uintp(kept), np.uintp(out)
+    if len(membranes):
+        for j in range(np.uintp(count)):
+            membranes[kept + j] = currents[at + j] + carried[rest + j]
+    for j in range(np.uintp(count)):
+        m = currents[at + j] + carried[rest + j]
+        up, down = m > bound, m < -bound
+        none = where(m == m, zero, m)
+        spikes[out + j] = where(up, amplitude, where(down, -amplitude, none))
+        carried[rest + j] = where(up, positive, where(down, negative, silent)) * m
+
+
+@compiled()
+def _fire_chunk(x, at, count, gelu, factors, carried, membranes, spikes, out, curved):
+    """Fire in one step for ``count`` currents; membranes and spikes go to the same place, ``out``."""
+    if not gelu:
+        _fire(x, at, count, factors, carried, 0, membranes, out, spikes, out)
+        return
+    for i in range(0, count, len(curved)):
+        some = min(len(curved), count - i)
+        _gelu(x, at + i, some, curved)
+        _fire(curved, 0, some, factors, carried, i, membranes, out + i, spikes, out + i)
+
+
+@compiled()
+def _add_rows(source, at, count, n, target, to, total, column):
+    """Copy rows, and add them to a total."""
+    column = np.uintp(column)
     for i in range(count):
-        currents = x[t * x_step + at + i * size : t * x_step + at + (i + 1) * size]
-        if gelu:
-            _gelu(currents, curved)
-            currents = curved
-        rest, out = carried[i * size : (i + 1) * size], spikes[i * row : i * row + size]
-        if len(membranes):
-            kept = membranes[i * size : (i + 1) * size]
-            for j in range(size):
-                kept[j] = currents[j] + rest[j]
-        for j in range(size):
-            m = currents[j] + rest[j]
-            up, down = m > bound, m < -bound
-            none = where(m == m, zero, m)
-            out[j] = where(up, amplitude, where(down, -amplitude, none))
-            rest[j] = where(up, positive, where(down, negative, silent)) * m
+        here, there = np.uintp(at + i * n), np.uintp(to + i * n)
+        for j in range(np.uintp(n)):
+            target[there + j] = source[here + j]
+            total[column + j] += source[here + j]
+
+
+@compiled()
+def _slopes(membranes, arriving, at, count, factors, carried, out, to):
+    """Go back through one step of neurons."""
+    bound, amplitude, positive, negative, silent = factors
+    zero, at, to = np.float32(0), np.uintp(at), np.uintp(to)
+    for j in range(np.uintp(count)):
+        m = membranes[at + j]
+        inside = where(abs(m) <= amplitude, arriving[at + j], zero)
+        slope = inside + where(m > bound, positive, where(m < -bound, negative, silent)) * carried[j]
+        out[to + j] = slope
+        carried[j] = slope
 
 
 @compiled()
@@ -107,26 +139,27 @@ def layer_forward(start, stop, n_rows, size, x, x_step, gelu, factors, packed, b
     Units are rows; ``packed`` are the panels of one matrix after the other, ``widths`` their columns, and ``ys``
     are the outputs, each (steps, rows, columns).
     """
-    n_steps, chunk, row = len(factors), CHUNK // ROWS * ROWS, size + GAP
-    carried, spikes, nothing = _aligned(chunk * size), _aligned(chunk * row), np.zeros(0, np.float32)
-    last = _aligned(ROWS * COLUMNS)
+    n_steps, chunk, row = len(factors), CHUNK // ROWS * ROWS, 4 * size
+    carried, spikes, nothing = _aligned(chunk * size), _aligned(chunk * size), np.zeros(0, np.float32)
+    last, curved = _aligned(ROWS * COLUMNS), _aligned(PIECE)
     for first in range(start, stop, chunk):
         count = min(chunk, stop - first)
         whole = count - count % ROWS
         carried[:] = np.float32(0)
         for t in range(n_steps):
-            _fire_chunk(x, x_step, first * size, count, size, gelu, factors, t, carried, nothing, spikes)
+            at = t * x_step + first * size
+            _fire_chunk(x, at, count * size, gelu, factors[t], carried, nothing, spikes, 0, curved)
             column = 0
             for i in range(len(ys)):
                 n = widths[i]
                 to, bias = _address(ys[i]) + 4 * (t * n_rows + first) * n, _address(biases) + 4 * column
                 panels = _address(packed) + 4 * column * size
-                _multiply(to, 4 * n, bias, 0, _address(spikes), 4 * row, panels, whole, n, size)
+                _multiply(to, 4 * n, bias, 0, _address(spikes), row, panels, whole, n, size)
                 if whole < count:
                     for j in range(0, n, COLUMNS):
-                        a = _address(spikes) + 4 * whole * row
+                        a = _address(spikes) + whole * row
                         _multiply(
-                            _address(last), 4 * COLUMNS, bias + 4 * j, 0, a, 4 * row,
+                            _address(last), 4 * COLUMNS, bias + 4 * j, 0, a, row,
                             panels + 4 * j * size, ROWS, COLUMNS, size,
                         )  # fmt: skip
                         for r in range(count - whole):
@@ -145,12 +178,13 @@ def layer_backward(start, stop, share, n_rows, size, x, x_step, gelu, factors, p
     """
     neurons, n_steps = len(factors) > 0, max(1, len(factors))
     each = max(ROWS, CHUNK // n_steps // ROWS * ROWS)
-    rows, row, widest = each * n_steps, size + GAP, 0
+    rows, row, widest = each * n_steps, 4 * size, 0
     for i in range(len(gys)):
         widest = max(widest, widths[i])
-    carried, spikes = _aligned(each * size), _aligned(rows * row)
+    carried, spikes = _aligned(each * size), _aligned(rows * size)
     membranes = _aligned(rows * size if neurons else 0)
-    gs, g, zeros = _aligned(rows * size), _aligned(rows * (widest + GAP)), _aligned(COLUMNS)
+    gs, g, zeros = _aligned(rows * size), _aligned(rows * widest), _aligned(COLUMNS)
+    curved = _aligned(PIECE)
     shares, zero = -(-n_rows // share), np.float32(0)
     all_columns = len(gb) // shares
     for unit in range(start, stop):
@@ -160,28 +194,20 @@ def layer_backward(start, stop, share, n_rows, size, x, x_step, gelu, factors, p
             if neurons:
                 carried[:] = zero
                 for t in range(n_steps):
-                    to = t * each
-                    _fire_chunk(
-                        x, x_step, first * size, count, size, gelu, factors, t, carried,
-                        membranes[to * size : (to + each) * size], spikes[to * row : (to + each) * row],
-                    )  # fmt: skip
+                    at, to = t * x_step + first * size, t * each * size
+                    _fire_chunk(x, at, count * size, gelu, factors[t], carried, membranes, spikes, to, curved)
             else:
-                for i in range(count):
-                    spikes[i * row : i * row + size] = x[(first + i) * size : (first + i + 1) * size]
+                at = np.uintp(first * size)
+                for j in range(np.uintp(count * size)):
+                    spikes[j] = x[at + j]
             column = 0
             for i in range(len(gys)):
-                n, line = widths[i], widths[i] + GAP
-                total = gb[unit * all_columns + column : unit * all_columns + column + n]
+                n = widths[i]
                 for t in range(n_steps):
-                    for r in range(each):
-                        to = g[(t * each + r) * line : (t * each + r) * line + n]
-                        if r < count:
-                            arriving = gys[i][(t * n_rows + first + r) * n : (t * n_rows + first + r + 1) * n]
-                            for j in range(n):
-                                to[j] = arriving[j]
-                                total[j] += arriving[j]
-                        else:  # rows that are not there must not add to the sums
-                            to[:] = zero
+                    at, to = (t * n_rows + first) * n, t * each * n
+                    _add_rows(gys[i], at, count, n, g, to, gb, unit * all_columns + column)
+                    for j in range(to + count * n, to + each * n):  # rows that are not there add nothing
+                        g[j] = zero
                 if len(gx):
                     origin, origin_row = (_address(zeros), 0) if column == 0 else (_address(gs), 4 * size)
                     panels = _address(packed) + 4 * column * size
@@ -191,34 +217,24 @@ def layer_backward(start, stop, share, n_rows, size, x, x_step, gelu, factors, p
                             tile_onto(
                                 _address(gs) + 4 * (r * size + j), 4 * size,
                                 origin + r * origin_row + shift, origin_row,
-                                _address(g) + 4 * r * line, 4 * line, 4, panels + 4 * j * n, 4 * COLUMNS, n, zero,
+                                _address(g) + 4 * r * n, 4 * n, 4, panels + 4 * j * n, 4 * COLUMNS, n, zero,
                             )  # fmt: skip
                 to = _address(gw) + 4 * (unit * all_columns + column) * size
                 for j in range(0, size, COLUMNS):
                     for r in range(0, n, ROWS):
                         at = to + 4 * (r * size + j)
                         tile_onto(
-                            at, 4 * size, at, 4 * size, _address(g) + 4 * r, 4, 4 * line,
-                            _address(spikes) + 4 * j, 4 * row, rows, zero,
+                            at, 4 * size, at, 4 * size, _address(g) + 4 * r, 4, 4 * n,
+                            _address(spikes) + 4 * j, row, rows, zero,
                         )  # fmt: skip
                 column += n
             if len(gx) and not neurons:
-                gx[first * size : (first + count) * size] = gs[: count * size]
+                for j in range(np.uintp(count * size)):
+                    gx[np.uintp(first * size) + j] = gs[j]
             elif len(gx):
                 carried[:] = zero
                 for t in range(n_steps - 1, -1, -1):
-                    bound, amplitude, positive, negative, silent = factors[t]
-                    kept, arriving = membranes[t * each * size :], gs[t * each * size :]
-                    out = gx[(t * n_rows + first) * size : (t * n_rows + first + count) * size]
-                    for j in range(count * size):
-                        m = kept[j]
-                        inside = where(abs(m) <= amplitude, arriving[j], zero)
-                        slope = inside + where(m > bound, positive, where(m < -bound, negative, silent)) * carried[j]
-                        out[j] = slope
-                        carried[j] = slope
-                if gelu:
-                    for t in range(n_steps):
-                        at = first * size
-                        currents = x[t * x_step + at : t * x_step + at + count * size]
-                        at += t * n_rows * size
-                        _gelu_backward(currents, gx[at : at + count * size])
+                    at, to = t * each * size, (t * n_rows + first) * size
+                    _slopes(membranes, gs, at, count * size, factors[t], carried, gx, to)
+                    if gelu:
+                        _gelu_backward(x, t * x_step + first * size, count * size, gx, to)
