@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from spiking_lm import hookimpl
 from spiking_lm.hookspecs import Register
-from spiking_lm.records import BackendSpec, DoctorSpec, NeuronSpec
+from spiking_lm.records import BackendSpec, BenchmarkSpec, DoctorSpec, NeuronSpec
 
 SPIKING_LM_API = 1
 
@@ -20,6 +20,17 @@ def spiking_lm_backends(register: Register) -> None:
             program="spiking_lm_lava.program:LavaProgram",
             check="spiking_lm_lava.lower:check",
             calibrates=True,
+        )
+    )
+
+
+@hookimpl
+def spiking_lm_benchmarks(register: Register) -> None:
+    register(
+        BenchmarkSpec(
+            name="lava-simulator",
+            summary="the simulator of Loihi-style processes against Lava, and what starting Lava takes",
+            function="spiking_lm_lava.bench:bench_lava",
         )
     )
 
