@@ -449,6 +449,16 @@ def test_lava_dl_is_set_up_without_its_dependencies(
     assert find_lava_dl().paths == (tmp_path, install.packages_folder(install.LAVA_DL))
 
 
+def test_lava_dl_of_an_interpreter_or_an_environment_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(install.PYTHON_VARIABLE, sys.executable)
+    assert find_lava_dl().command == (sys.executable, "-I")
+    monkeypatch.delenv(install.PYTHON_VARIABLE)
+    monkeypatch.setattr(install, "find", lambda: install.Lava(("python", "-I"), (), "lava-nc of this environment"))
+    monkeypatch.setattr(install.importlib.metadata, "version", lambda name: {"lava-dl": "0.6.0"}[name])
+    found = find_lava_dl()
+    assert (found.paths, found.origin) == ((), "lava-nc of this environment with lava-dl 0.6.0")
+
+
 def test_without_h5py_the_extra_is_named(tmp_path: Path) -> None:
     code = "import sys; sys.modules['h5py'] = None\nfrom spiking_lm_lava.netx import main\nsys.exit(main(sys.argv[1:]))"
     recurrent().save(tmp_path / "network")
