@@ -199,7 +199,9 @@ class _Chain:
         bias = self.weights.find(op, "bias")
         self.nodes.append(Synapse.int8(node, codes, graded=True))
         self.wires.append(Wire(given.node, node))
-        self.ops.append(LoweredOp(op.name, op.kind, "neuromorphic", (node,), "int8 dense", codes.size, codes.nbytes))
+        self.ops.append(
+            LoweredOp(op.name, op.kind, "neuromorphic", (node,), "int8 dense", codes.size, codes.nbytes, codes.size)
+        )
         return _Sums(node, scales * given.scale, np.zeros(len(codes)) if bias is None else bias)
 
     def _most(self, op: Op) -> int:
@@ -261,7 +263,7 @@ class _Chain:
         form = f"Q{MEMBRANE} membrane, events of {fraction + 1} bits"
         # Of each gate and matrix a multiplier, a shift and a bias; membrane, threshold, what arrived.
         words = op.dynamics.hidden_size * (6 * 3 + 2 + 3)
-        self.ops.append(LoweredOp(op.name, op.kind, "neuromorphic", (node,), form, 0, 4 * words))
+        self.ops.append(LoweredOp(op.name, op.kind, "neuromorphic", (node,), form, 0, 4 * words, op.other_ops))
 
     def _multiplier(self, op: Op, factor: Array) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         try:

@@ -13,11 +13,15 @@ from numpy.typing import NDArray
 
 from spiking_lm.config import parse_config
 from spiking_lm.errors import DataError, SpikingLMError
-from spiking_lm.hardware import Figure, PlacedOp, Program, ProgramReport, ProgramResult, RunsOn
+from spiking_lm.hardware import PlacedOp, Program, ProgramReport, ProgramResult, RunsOn
 from spiking_lm_lava.cell import Cell
 from spiking_lm_lava.config import LavaConfig
+from spiking_lm_lava.constants import LOIHI2
+from spiking_lm_lava.energy import Counter
 from spiking_lm_lava.executor import LavaExecutor, LavaSession
+from spiking_lm_lava.figures import report_of
 from spiking_lm_lava.network import nodes_from_record, nodes_to_record
+from spiking_lm_lava.partition import Partition, partition
 from spiking_lm_lava.pipeline import VALID, Pipeline, TokenGraph, Wire, pipelined
 from spiking_lm_lava.process import Sink, Source
 from spiking_lm_lava.simulator import NetworkState, Rows, Simulator
@@ -38,6 +42,9 @@ class LoweredOp:
     format: str
     weights: int = 0
     bytes: int = 0
+    """Of its weights, and of its neurons' parameters and states."""
+    operations: int = 0
+    """Per token, if nothing is skipped."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,8 +97,10 @@ class LavaProgram(Program):
     def run(self, tokens: NDArray[Any], state: Any = None) -> ProgramResult:
         """Feed one stream of ``tokens (S,)``, one per step, then steps without a token until all has come out.
 
-        Goes on from ``state``, that of an earlier result, by either executor. Raises: DataError for ids beyond the
-        vocabulary or the state of another program; PluginError where Lava is to run it and is not set up, or fails.
+        Goes on from ``state``, that of an earlier result, by either executor. Only the simulator counts operations.
+
+        Raises: DataError for ids beyond the vocabulary or the state of another program; LoweringError where no board
+        holds it; PluginError where Lava is to run it and is not set up, or fails.
         """
         ids = self.check_tokens(tokens)
         before = self.simulator.initial() if state is None else self._checked(state)
@@ -107,7 +116,9 @@ class LavaProgram(Program):
             after.t = before.t + len(sums)
             counters["seconds"] = run.timings
         else:
-            simulated = self.simulator.run(inputs, before)
+            counter = Counter(self.partition)
+            simulated = self.simulator.run(inputs, before, observe=counter.add)
+            counters["counts"] = counter.counts.to_dict()
             sums, after = simulated.sinks[LOGITS], simulated.state
         counters["steps"] = len(sums)
         return ProgramResult(self.parts.logits(sums[drain : drain + len(ids)]), after, counters)
@@ -202,18 +213,38 @@ class LavaProgram(Program):
 
     def report(self, result: ProgramResult | None = None) -> ProgramReport:
         """Say where every op runs, what the network is made of and, given a run, what was counted in it."""
-        network = self.pipeline.network
-        figures = [
-            Figure("processes", len(network.nodes), "", "derived", f"{len(network.edges)} connections"),
-            Figure("latency", self.pipeline.steps, "steps", "derived", "from a token to its logits"),
-        ]
-        if result is not None:
-            figures.append(Figure("steps of the run", result.counters["steps"], "steps", "simulated"))
+        placed, counters = self.partition, {} if result is None else result.counters
         placement = [
-            PlacedOp(op.name, op.kind, op.runs_on, ", ".join(op.nodes) or "host", op.format, op.weights, op.bytes)
+            PlacedOp(
+                op.name,
+                op.kind,
+                op.runs_on,
+                placed.where(*op.nodes) or op.runs_on,
+                op.format,
+                op.weights,
+                op.bytes,
+            )
             for op in self.parts.ops
         ]
-        return ProgramReport(self.backend, self.model, tuple(placement), tuple(figures), ())
+        steps = self.pipeline.steps
+        return report_of(
+            model=self.model,
+            placement=placement,
+            partition=placed,
+            operations={op.name: op.operations for op in self.parts.ops},
+            counts=counters.get("counts"),
+            tokens=counters.get("tokens", 0),
+            costs=self.config.costs,
+            warnings=(
+                f"a text is read at one token a step; a token's logits come {steps} steps after it, so that generation "
+                f"takes {steps + 2} steps a token",
+            ),
+        )
+
+    @cached_property
+    def partition(self) -> Partition:
+        """The network on the cores of Loihi 2."""
+        return partition(self.pipeline.network, LOIHI2, board=self.config.board)
 
     # -- folder --------------------------------------------------------------------------------------------------------
 

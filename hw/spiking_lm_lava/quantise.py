@@ -108,7 +108,7 @@ def quantise_table(table: Array, tokens: NDArray[Any] | None = None) -> tuple[In
     uses = np.ones(len(table)) if tokens is None else np.bincount(tokens, minlength=len(table)).astype(np.float64)
     greatest = float(np.abs(table).max(initial=0)) or 1.0
     found: list[tuple[float, float]] = []
-    for clip in np.linspace(1.0, 0.1, 46):
+    for clip in np.geomspace(1.0, 0.01, 93):
         scale = clip * greatest / LIMIT
         off = np.clip(np.rint(table / scale), -LIMIT, LIMIT) * scale - table
         found.append((float(((off * off).sum(1) * uses).sum()), scale))
