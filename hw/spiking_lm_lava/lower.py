@@ -32,6 +32,7 @@ from spiking_lm_lava.quantise import (
     quantise_rows,
     quantise_table,
 )
+from spiking_lm_lava.spikellm import check_products, lower_products, reads_counts
 from spiking_lm_lava.worker.cells.egru import MEMBRANE
 from spiking_lm_lava.worker.cells.fixed import GATE, ONE, multiplier
 
@@ -68,6 +69,8 @@ def lower(model: SpikingLanguageModel, config: LavaConfig, text: NDArray[Any] | 
         program: Program = lower_spikegpt(model, config, text)
         return program
     check(graph, config)
+    if reads_counts(graph):
+        return lower_products(model, config)
     seen = {} if text is None or not len(text) else observe(model, text)
     chain = _Chain(model, graph, seen, text if seen else None)
     for op in graph:
@@ -81,6 +84,9 @@ def check(graph: LMGraph, config: LavaConfig) -> None:
         from spiking_lm_lava.lower_spikegpt import check_spikegpt
 
         check_spikegpt(graph, config)
+        return
+    if reads_counts(graph):
+        check_products(graph, config)
         return
     foreign: dict[str, Op] = {}
     for op in graph:

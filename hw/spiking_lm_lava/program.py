@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -24,7 +24,9 @@ from spiking_lm_lava.network import nodes_from_record, nodes_to_record
 from spiking_lm_lava.partition import Partition, partition
 from spiking_lm_lava.pipeline import VALID, Pipeline, TokenGraph, Wire, pipelined
 from spiking_lm_lava.process import Sink, Source
+from spiking_lm_lava.shares import fed_by
 from spiking_lm_lava.simulator import NetworkState, Rows, Simulator
+from spiking_lm_lava.spikellm import ProductsProgram
 
 LOGITS = "logits"
 """The sink of the sums that become logits."""
@@ -227,7 +229,7 @@ class LavaProgram(Program):
             for op in self.parts.ops
         ]
         steps = self.pipeline.steps
-        return report_of(
+        report = report_of(
             model=self.model,
             placement=placement,
             partition=placed,
@@ -240,6 +242,7 @@ class LavaProgram(Program):
                 f"takes {steps + 2} steps a token",
             ),
         )
+        return replace(report, figures=(*report.figures, *fed_by(self.parts.graph, self.parts.ops)))
 
     @cached_property
     def partition(self) -> Partition:
@@ -267,7 +270,12 @@ class LavaProgram(Program):
 
     @classmethod
     def from_folder(cls, record: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Program:
-        """Rebuild a program, its network checked again. Raises: DataError naming what is wrong."""
+        """Rebuild a program, of this class or a :class:`ProductsProgram`; its network is checked again.
+
+        Raises: DataError naming what is wrong.
+        """
+        if "products" in record:
+            return ProductsProgram.from_folder(record, tensors)
         try:
             config = parse_config(LavaConfig, record["options"], where="program.json, options", error=DataError)
             arrays = {name[5:]: array for name, array in tensors.items() if name.startswith("node ")}

@@ -54,7 +54,7 @@ def observe(model: SpikingLanguageModel, tokens: NDArray[Any]) -> dict[str, Seen
     count = 0
 
     def note(name: str, x: Tensor) -> None:
-        rows = x.detach().reshape(-1, x.shape[-1]).double()
+        rows = x.detach().cpu().reshape(-1, x.shape[-1]).double()
         sums[name] = sums.get(name, torch.zeros(())) + rows.T @ rows
         most[name] = torch.maximum(most.get(name, torch.zeros(rows.shape[1])), rows.abs().amax(0))
 
