@@ -119,10 +119,10 @@ class InverseRoot(Cell):
 
     kind = "inverse_root"
     function = "norm:inverse_root"
-    limits = {"size": (1, 1), "mantissa": (0, MANTISSA[1]), "shift": SHIFT, "eps": (1, STATE_LIMIT - 1)}
+    limits = {"size": (1, 1), "mantissa": (0, MANTISSA[1]), "shift": SHIFT, "eps": (0, STATE_LIMIT - 1)}
     mantissa: Int = _of(1)
     shift: Int = _of(0)
-    eps: int = 1
+    eps: int = 0
 
     def bounds(self, *arrived: Range) -> Bounds:
         """Ask for a sum that is not negative and, scaled, a 24-bit word."""

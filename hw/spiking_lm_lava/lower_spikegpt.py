@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,6 +22,7 @@ from spiking_lm.errors import LoweringError
 from spiking_lm.graph import LMGraph, Op
 from spiking_lm.hardware import Program
 from spiking_lm.interfaces import (
+    GIFDynamics,
     LayerNormDynamics,
     LIFDynamics,
     SigmoidGateDynamics,
@@ -32,6 +34,7 @@ from spiking_lm.interfaces import (
 from spiking_lm_lava.arithmetic import DECAY_UNITY, STATE_LIMIT, WORD_LIMIT
 from spiking_lm_lava.cell import VALID, Affine, Cell
 from spiking_lm_lava.cells_spikegpt import (
+    GIF,
     ROOT_LIMIT,
     WKV,
     Add,
@@ -40,6 +43,7 @@ from spiking_lm_lava.cells_spikegpt import (
     HoldingLIF,
     InverseRoot,
     Normalise,
+    Pointwise,
     SquaredReLU,
     TokenShift,
 )
@@ -63,6 +67,8 @@ EXPONENT = 16
 MESSAGE = 10
 """Fraction bits, at most, of real values that a matrix reads."""
 
+FED_BY = ("graded values", "spikes", "counts of spikes")
+
 _Made = TypeVar("_Made", bound=Process)
 
 
@@ -73,7 +79,8 @@ class Value:
     port: str
     scale: Array | float = 1.0
     offset: Array | float = 0.0
-    spikes: bool = False
+    most: int = 0
+    """Of spikes, how many there are at once; 0: these are no spikes."""
 
 
 @dataclass(frozen=True)
@@ -97,10 +104,15 @@ def lower_spikegpt(model: SpikingLanguageModel, config: LavaConfig, text: NDArra
 def check_spikegpt(graph: LMGraph, config: LavaConfig) -> None:
     """Raise LoweringError where a model of ``graph``, whatever its weights, cannot be lowered."""
     for op in graph:
+        if op.kind == "neuron" and op.dynamics is None:
+            raise LoweringError(
+                f"op {op.name!r} (neuron) declares no dynamics: it may be anything",
+                hint="neurons lif, gif and snntorch.leaky, reset to zero, declare theirs",
+            )
         if type(op.dynamics) not in _LOWER and op.kind not in _BY_KIND:
             raise LoweringError(
                 f"op {op.name!r} ({op.kind}) declares no dynamics that a process of Lava has",
-                hint="SpikeGPT with neurons lif or snntorch.leaky that reset to zero, without rescale, can be lowered",
+                hint="SpikeGPT without rescale can be lowered",
             )
         if isinstance(op.dynamics, LIFDynamics) and (op.dynamics.v_reset != 0 or not 0 <= op.dynamics.beta < 1):
             raise LoweringError(
@@ -152,36 +164,36 @@ class _Lowering:
         if isinstance(value, Op):
             return
         for source in (self.graph[name] for name in op.inputs if isinstance(self.values.get(name), Op)):
-            own = tuple(name for name in made if name == node_name(source.name))
-            made -= set(own)
-            self._lowered(source, own, "a cell")
+            self._lowered(source, made & {node_name(source.name)}, "cells")
+            made.discard(node_name(source.name))
         if isinstance(value, Table):
-            rows = "int8 rows, graded" if op.kind == "embedding" else "in the rows of the embedding"
-            count = value.rows.size if op.kind == "embedding" else 0
-            self.ops.append(LoweredOp(op.name, op.kind, "host", (), rows, count, count))
+            first = op.kind == "embedding"
+            nodes, form = (("emb",), "int8 rows, graded") if first else ((), "in the rows of the embedding")
+            count = value.rows.size if first else 0
+            self.ops.append(LoweredOp(op.name, op.kind, "host", nodes, form, count, count))
         elif op.kind == "linear":
-            form = "int8 dense, fed by spikes" if self._spikes(op) else "int8 dense, fed by graded values"
-            count = self.codes[op.name][0].size
-            self._lowered(op, tuple(made), form, count)
+            self._lowered(
+                op, made, f"int8 dense, fed by {FED_BY[min(self._spikes(op), 2)]}", self.codes[op.name][0].size
+            )
         else:
-            self._lowered(op, tuple(made), "neurons" if op.kind == "neuron" else "cells")
+            self._lowered(op, made - {"emb"}, "neurons" if op.kind == "neuron" else "cells")
 
-    def _lowered(self, op: Op, names: tuple[str, ...], form: str, weights: int = 0) -> None:
+    def _lowered(self, op: Op, names: set[str], form: str, weights: int = 0) -> None:
         nodes = [node for node in self.nodes if node.name in names]
-        # A word for each number of a cell; a byte for each weight, those of sums of ones included.
-        words = sum(
-            np.size(value)
-            for node in nodes
-            if isinstance(node, Cell)
-            for value in (*_numbers(node), *node.initial().values())
-        )
-        ones = sum(node.weight.size for node in nodes if isinstance(node, Synapse))
+        # A word for each number of a cell; a byte for each weight, those of sums over all neurons included.
+        cells = [node for node in nodes if isinstance(node, Cell)]
+        words = sum(np.size(x) for cell in cells for x in (*_numbers(cell), *cell.initial().values()))
+        stored = sum(node.weight.size for node in nodes if isinstance(node, Synapse))
         named = tuple(node.name for node in nodes)
-        self.ops.append(LoweredOp(op.name, op.kind, "neuromorphic", named, form, weights, 4 * words + ones))
+        operations = stored + op.other_ops
+        self.ops.append(
+            LoweredOp(op.name, op.kind, "neuromorphic", named, form, weights, 4 * words + stored, operations)
+        )
 
-    def _spikes(self, op: Op) -> bool:
+    def _spikes(self, op: Op) -> int:
+        """Return how many spikes at once a matrix reads, 0 where it reads no spikes."""
         found = self.values[op.inputs[0]]
-        return isinstance(found, Value) and found.spikes
+        return found.most if isinstance(found, Value) else 0
 
     # -- processes -----------------------------------------------------------------------------------------------------
 
@@ -273,13 +285,18 @@ class _Lowering:
     def _reach(self, op: Op) -> float:
         """Return the greatest magnitude of what is added to the stream."""
         if op.kind == "neuron":
-            return 1.0
+            return float(op.dynamics.levels) if isinstance(op.dynamics, GIFDynamics) else 1.0
         if isinstance(op.dynamics, SigmoidGateDynamics):
             return self._reach(self.graph[op.inputs[0]])
-        if op.kind == "linear" and self.graph[op.inputs[0]].emits == "binary":
+        source = self.graph[op.inputs[0]]
+        if op.kind == "linear" and source.kind == "neuron":
             weight = self.weights.of(op, "weight")
-            return float(np.maximum(np.maximum(weight, 0).sum(1), np.maximum(-weight, 0).sum(1)).max())
-        raise LoweringError(f"op {op.name!r} ({op.kind}) adds to the residual stream what has no bound: no spikes")
+            rows = np.maximum(np.maximum(weight, 0).sum(1), np.maximum(-weight, 0).sum(1))
+            return self._reach(source) * float(rows.max())
+        raise LoweringError(
+            f"op {op.name!r} ({op.kind}) adds to the residual stream what has no bound: no spikes",
+            hint="spiking: true",
+        )
 
     def _normed(self, op: Op) -> Op | None:
         """Return the layer norm that alone reads an embedding."""
@@ -328,7 +345,7 @@ class _Lowering:
 
         def root(bits: int) -> InverseRoot:
             factor, down = multiplier(2.0 ** (bits - fraction) / size)
-            return InverseRoot(f"{name} root", 1, mantissa=factor, shift=down, eps=max(1, round(eps * 2.0**bits)))
+            return InverseRoot(f"{name} root", 1, mantissa=factor, shift=down, eps=round(eps * 2.0**bits))
 
         inverse, bits = self.finest(range(22, -2, -2), root, a_in=f"{name} squares")
         self.add(inverse, a_in=f"{name} squares")
@@ -378,11 +395,11 @@ class _Lowering:
         if isinstance(found, Op):
             port, bits = self._messages(op, codes)
             scale = scale * 2.0**-bits
-            spikes = False
+            most = 0
         else:
             value = self.value(op.inputs[0])
-            port, spikes = value.port, value.spikes
-            if not spikes:
+            port, most = value.port, value.most
+            if not most:
                 source = self.graph[op.inputs[0]]
                 if not isinstance(source.dynamics, LayerNormDynamics):
                     raise LoweringError(
@@ -393,7 +410,7 @@ class _Lowering:
         bias = self.weights.find(op, "bias")
 
         def make(lost: int) -> Synapse:
-            return Synapse.int8(node_name(op.name), codes, weight_exp=-lost, graded=not spikes)
+            return Synapse.int8(node_name(op.name), codes, weight_exp=-lost, graded=most != 1)
 
         node, lost = self.finest(range(8), make, s_in=port)
         self.add(node, s_in=port)
@@ -404,45 +421,40 @@ class _Lowering:
         norm = 2 * int(np.abs(codes.astype(np.int64)).sum(1).max())
         source = op.inputs[0]
 
-        def fits(node: Process, arriving: dict[str, str]) -> bool:
+        def fits(node: Process, arriving: dict[str, str], bits: int) -> bool:
             return norm * self.bounds(node, arriving)[0].most < WORD_LIMIT
 
         return self.made(source, node_name(source), 1.0, 0.0, range(MESSAGE, -1, -1), fits)
 
     def neuron(self, op: Op) -> Value | Table:
         """Add the cell that makes the current, and the neurons."""
-        lif = op.dynamics
-        assert isinstance(lif, LIFDynamics)
-        found = self.values[op.inputs[0]]
+        found, kind = self.values[op.inputs[0]], op.dynamics
+        assert isinstance(kind, LIFDynamics | GIFDynamics)
         if isinstance(found, Table):
-            if lif.beta:
-                raise LoweringError(f"op {op.name!r} (neuron): a membrane in front of an embedding")
-            above = np.greater_equal if lif.compare == ">=" else np.greater
-            return Table(above(lif.gain * found.rows, lif.threshold).astype(np.float64))
-        learned = self.weights.find(op, "gain") if "gain" in op.parameters else None
-        gain = np.full(op.size, lif.gain) if learned is None else lif.gain * learned
+            return self._fired(op, found)
+        learned = self.weights.of(op, "gain") if "gain" in op.parameters else np.ones(op.size)
+        gain = learned * (kind.gain if isinstance(kind, LIFDynamics) else 1.0)
         offset = gain * self.weights.of(op, "bias") if "bias" in op.parameters else np.zeros(op.size)
-        dv = round((1 - lif.beta) * DECAY_UNITY)
-
-        def neurons(bits: int) -> HoldingLIF:
-            return HoldingLIF(
-                node_name(op.name), op.size, dv=dv, vth=round(lif.threshold * 2.0**bits), bias=int(lif.compare == ">=")
-            )
-
-        def surely(bits: int, low: NDArray[np.int64]) -> NDArray[np.int64]:
-            """Return a current from which neurons fire, whatever they hold."""
-            left = (DECAY_UNITY - dv) / max(dv, 1)
-            return np.ceil(neurons(bits).vth + 1 + left * np.maximum(-low, 0)).astype(np.int64)
 
         def fits(node: Process, arriving: dict[str, str], bits: int) -> bool:
-            cell = neurons(bits)
+            cell = _neurons(op, bits)
             cell.check()
             cell.bounds(self.bounds(node, arriving)[0], Range.of(1, 0, 1))
             return True
 
         name = node_name(op.inputs[0]) if isinstance(found, Op) else f"{node_name(op.name)} in"
-        port, bits = self.made(op.inputs[0], name, gain, offset, range(CURRENT, -1, -1), fits, surely)
-        return Value(self.add(neurons(bits), a_in=port).name, spikes=True)
+        ceiling = partial(_surely, op) if isinstance(kind, LIFDynamics) else None
+        port, bits = self.made(op.inputs[0], name, gain, offset, range(CURRENT, -1, -1), fits, ceiling)
+        cell = self.add(_neurons(op, bits), a_in=port)
+        return Value(cell.name, most=cell.levels if isinstance(cell, GIF) else 1)
+
+    def _fired(self, op: Op, table: Table) -> Table:
+        """Return the spikes of every row; there is no membrane between an embedding and its threshold."""
+        lif = op.dynamics
+        if not isinstance(lif, LIFDynamics) or lif.beta:
+            raise LoweringError(f"op {op.name!r} (neuron): a membrane right behind an embedding")
+        above = np.greater_equal if lif.compare == ">=" else np.greater
+        return Table(above(lif.gain * table.rows, lif.threshold).astype(np.float64))
 
     def made(
         self,
@@ -451,8 +463,8 @@ class _Lowering:
         gain: Array | float,
         offset: Array | float,
         formats: Sequence[int],
-        fits: Callable[..., bool],
-        ceiling: Callable[..., Any] | None = None,
+        fits: Callable[[Process, dict[str, str], int], bool],
+        ceiling: Callable[[int, NDArray[np.int64]], NDArray[np.int64]] | None = None,
     ) -> tuple[str, int]:
         """Add the cell ``name`` that sends ``gain`` times what an op gives, plus ``offset``; return it and its format.
 
@@ -463,15 +475,17 @@ class _Lowering:
         for bits in formats:
             try:
                 node, arriving = self._pointwise(source, name, gain * 2.0**bits, offset * 2.0**bits)
-                if ceiling is not None:
-                    most = ceiling(bits, self.bounds(node, arriving)[0].low)
-                    node = replace(node, **{"limit" if isinstance(node, Affine) else "most": most})
-                if fits(node, arriving, bits) if ceiling is not None else fits(node, arriving):
+                if ceiling is not None and isinstance(node, Pointwise):
+                    node = replace(node, most=ceiling(bits, self.bounds(node, arriving)[0].low))
+                if fits(node, arriving, bits):
                     self.add(node, **arriving)
                     return node.name, bits
             except (LoweringError, ValueError) as error:  # noqa: PERF203
                 refused = error
-        raise LoweringError(f"op {source!r}: no format of what it gives fits its reader", hint=str(refused))
+        raise LoweringError(
+            f"op {source!r}: no format of what it gives fits its reader",
+            hint=getattr(refused, "message", None) or str(refused),
+        )
 
     def _pointwise(self, source: str, name: str, gain: Any, offset: Any) -> tuple[Any, dict[str, str]]:
         """Return the cell that sends ``gain`` times what an op gives plus ``offset``, and what it reads."""
@@ -557,7 +571,7 @@ class _Lowering:
                 1.0,
                 0.0,
                 (self.stream,),
-                lambda node, arriving: bool(self.bounds(node, arriving)),
+                lambda node, arriving, _: bool(self.bounds(node, arriving)),
             )
             y = Value(port, 2.0**-self.stream)
         assert isinstance(y, Value)
@@ -569,6 +583,31 @@ class _Lowering:
         if np.any(value.offset):
             raise LoweringError(f"what {value.port!r} gives has an offset, and its reader has no place for it")
         return value.scale
+
+
+def _neurons(op: Op, bits: int) -> HoldingLIF | GIF:
+    """Return the neurons of an op for currents with so many fraction bits."""
+    kind = op.dynamics
+    if isinstance(kind, GIFDynamics):
+        threshold = round(kind.threshold * 2.0**bits)
+        return GIF(node_name(op.name), op.size, vth=threshold, levels=kind.levels, signed=kind.signed)
+    assert isinstance(kind, LIFDynamics)
+    return HoldingLIF(
+        node_name(op.name),
+        op.size,
+        dv=round((1 - kind.beta) * DECAY_UNITY),
+        vth=round(kind.threshold * 2.0**bits),
+        bias=int(kind.compare == ">="),
+    )
+
+
+def _surely(op: Op, bits: int, low: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return a current from which neurons fire whatever they hold, of currents that are ``low`` or more."""
+    cell = _neurons(op, bits)
+    assert isinstance(cell, HoldingLIF)
+    left = (DECAY_UNITY - cell.dv) / max(cell.dv, 1)
+    found: NDArray[np.int64] = np.ceil(cell.vth + 1 + left * np.maximum(-low, 0)).astype(np.int64)
+    return found
 
 
 def _numbers(cell: Cell) -> list[Any]:
@@ -591,6 +630,7 @@ _LOWER: dict[type, Callable[[_Lowering, Op], Any]] = {
     SquaredReLUDynamics: _Lowering.deferred,
     WKVDynamics: _Lowering.wkv,
     LIFDynamics: _Lowering.neuron,
+    GIFDynamics: _Lowering.neuron,
 }
 _BY_KIND: dict[str, Callable[[_Lowering, Op], Any]] = {
     "embedding": _Lowering.embedding,

@@ -106,7 +106,7 @@ def _inverse_root(node: InverseRoot) -> Step:
     mantissa, shift = map(tensor, (node.mantissa, node.shift))
 
     def step(state: State, total: Tensor) -> tuple[Tensor, ...]:
-        bits, m = _leading(times(total, mantissa, shift) + node.eps, even=True)
+        bits, m = _leading((times(total, mantissa, shift) + node.eps).clamp(min=1), even=True)
         y = _INVERSE_ROOT[torch.floor(m / 1024).long()]
         for _ in range(2):
             y = halved(y * (3 * 2**15 - halved(m * halved(y.square(), 16), 15)), 16)

@@ -23,10 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spiking_lm import create_neuron
+from spiking_lm.config import GIFConfig
 from spiking_lm.errors import UsageError
 from spiking_lm.graph import LMGraph, Op
 from spiking_lm.interfaces import (
     Encoding,
+    GIFDynamics,
     LayerNormDynamics,
     LIFDynamics,
     LMOutput,
@@ -391,6 +393,14 @@ class SpikeGPT(SpikingLanguageModel):
         return to_reference(self, grads=grads)
 
 
+def _dynamics(neuron: Neuron) -> LIFDynamics | GIFDynamics | None:
+    """Return what a neuron computes, if it has declared it."""
+    config = neuron.config
+    if type(config) is GIFConfig:
+        return GIFDynamics(config.levels, config.threshold)
+    return neuron.dynamics
+
+
 def _ops(model: SpikeGPT) -> list[Op]:
     """List the operations of one token, in order."""
     listed: list[Op] = []
@@ -410,7 +420,7 @@ def _ops(model: SpikeGPT) -> list[Op]:
         learned = (
             {} if firing.gain is None else {x: f"blocks.{block.layer}.neurons.{site}.{x}" for x in ("gain", "bias")}
         )
-        more: dict[str, Any] = {"module": module, "parameters": learned, "dynamics": firing.neuron.dynamics}
+        more: dict[str, Any] = {"module": module, "parameters": learned, "dynamics": _dynamics(firing.neuron)}
         ops = (4 + len(learned)) * firing.size
         return add(name, "neuron", (source,), firing.neuron.spike_kind, firing.size, other_ops=ops, **more)
 

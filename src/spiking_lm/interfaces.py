@@ -307,6 +307,19 @@ class EGRUDynamics:
 
 
 @dataclass(frozen=True)
+class GIFDynamics:
+    """The declared dynamics of a Generalized Integrate-and-Fire neuron, which counts spikes; enough to lower it.
+
+    h_t = v_{t-1} + x_t; s_t = clip(floor(h_t / threshold), 0, levels), and with ``signed`` the same of -h_t, negative;
+    v_t = h_t - s_t threshold.
+    """
+
+    levels: int
+    threshold: float
+    signed: bool = False
+
+
+@dataclass(frozen=True)
 class LayerNormDynamics:
     """``(x - mean) / sqrt(variance + eps)`` over all channels, times ``weight`` plus ``bias``, parameters of the op."""
 

@@ -26,8 +26,8 @@ def centre(p: Any, state: dict[str, Any], x: Any, mean: Any) -> tuple[Any, ...]:
 
 
 def inverse_root(p: Any, state: dict[str, Any], total: Any) -> tuple[Any, ...]:
-    """Return the inverse root of ``total * mantissa / 2^shift + eps``, as mantissa and shift in one message."""
-    mantissa, shift = inverse_sqrt(rescale(total, p.mantissa, p.shift) + p.eps)
+    """Return the inverse root of ``total * mantissa / 2^shift + eps``, of 1 at least, as mantissa and shift in one."""
+    mantissa, shift = inverse_sqrt(np.maximum(rescale(total, p.mantissa, p.shift) + p.eps, 1))
     return ((mantissa << EXPONENT_BITS) + shift,)
 
 
