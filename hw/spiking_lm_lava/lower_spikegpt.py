@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +32,8 @@ from spiking_lm.interfaces import (
     WKVDynamics,
 )
 from spiking_lm_lava.arithmetic import DECAY_UNITY, STATE_LIMIT, WORD_LIMIT
-from spiking_lm_lava.cell import VALID, Affine, Cell
+from spiking_lm_lava.builder import Builder
+from spiking_lm_lava.cell import Affine, Cell
 from spiking_lm_lava.cells_spikegpt import (
     GIF,
     ROOT_LIMIT,
@@ -49,7 +50,7 @@ from spiking_lm_lava.cells_spikegpt import (
 )
 from spiking_lm_lava.config import LavaConfig
 from spiking_lm_lava.lower import node_name
-from spiking_lm_lava.pipeline import TokenGraph, Wire
+from spiking_lm_lava.pipeline import TokenGraph
 from spiking_lm_lava.process import Process, Sink, Source, Synapse
 from spiking_lm_lava.program import LOGITS, LavaProgram, LoweredOp, Parts
 from spiking_lm_lava.quantise import LIMIT, Array, Int8, Seen, Weights, observe, quantise_rows
@@ -68,8 +69,6 @@ MESSAGE = 10
 """Fraction bits, at most, of real values that a matrix reads."""
 
 FED_BY = ("graded values", "spikes", "counts of spikes")
-
-_Made = TypeVar("_Made", bound=Process)
 
 
 @dataclass(frozen=True)
@@ -124,12 +123,10 @@ def check_spikegpt(graph: LMGraph, config: LavaConfig) -> None:
         raise LoweringError("the graph does not begin with an embedding and end with a matrix")
 
 
-class _Lowering:
+class _Lowering(Builder):
     def __init__(self, weights: Weights, seen: dict[str, Seen]) -> None:
+        super().__init__()
         self.weights, self.graph, self.seen = weights, weights.graph, seen
-        self.nodes: list[Process] = []
-        self.wires: list[Wire] = []
-        self.ranges: dict[str, Range] = {}
         self.values: dict[str, Value | Table | Op] = {}
         self.codes: dict[str, tuple[Int8, Array]] = {}
         self.ops: list[LoweredOp] = []
@@ -195,58 +192,6 @@ class _Lowering:
         found = self.values[op.inputs[0]]
         return found.most if isinstance(found, Value) else 0
 
-    # -- processes -----------------------------------------------------------------------------------------------------
-
-    def add(self, node: _Made, **arriving: str) -> _Made:
-        """Add a process whose in-ports are reached from the given ports."""
-        self.nodes.append(node)
-        self.wires += [Wire(source, f"{node.name}.{port}") for port, source in arriving.items()]
-        sends = self.bounds(node, arriving)
-        self.ranges |= {f"{node.name}.{port}": sent for port, sent in zip(node.sends, sends, strict=True)}
-        if len(node.sends) == 1:
-            self.ranges[node.name] = sends[0]
-        return node
-
-    def bounds(self, node: Process, arriving: dict[str, str]) -> tuple[Range, ...]:
-        """Return what a process would send. Raises: LoweringError with the bound that it would pass."""
-        node.check()
-        valid = Range.of(1, 0, 1)
-        return node.bounds(*(valid if port == VALID else self.ranges[arriving[port]] for port in node.reads)).sends
-
-    def finest(self, formats: Sequence[int], make: Callable[[int], _Made], **arriving: str) -> tuple[_Made, int]:
-        """Return the first of ``make(format)`` that range analysis accepts, and its format.
-
-        Raises: LoweringError of the last one.
-        """
-        refused: Exception | None = None
-        for bits in formats:
-            try:
-                node = make(bits)
-                self.bounds(node, arriving)
-            except (LoweringError, ValueError) as error:  # noqa: PERF203  (ValueError: a factor that no multiplier has)
-                refused = error
-            else:
-                return node, bits
-        if isinstance(refused, LoweringError):
-            raise refused
-        raise LoweringError(f"no format fits what arrives from {', '.join(arriving.values())}: {refused}")
-
-    def summed(self, name: str, source: str) -> int:
-        """Add a synapse that sums all neurons and the fewest bits that its sum must lose; return those."""
-        ones = np.ones((1, self.ranges[source].low.size), np.int64)
-
-        def make(lost: int) -> Synapse:
-            return Synapse(name, 1, weight=ones, sign_mode="EXCITATORY", weight_exp=-lost, graded=True)
-
-        node, lost = self.finest(range(9), make, s_in=source)
-        self.add(node, s_in=source)
-        return lost
-
-    def spread(self, name: str, source: str, size: int) -> None:
-        """Add a synapse that brings one neuron's messages to ``size`` others."""
-        ones = np.ones((size, 1), np.int64)
-        self.add(Synapse(name, size, weight=ones, sign_mode="EXCITATORY", graded=True), s_in=source)
-
     def value(self, name: str) -> Value:
         """Return what an op gives, made as messages of the residual stream's format where it is a table."""
         found = self.values[name]
@@ -276,8 +221,10 @@ class _Lowering:
         reach = 0.0
         for op in self.graph:
             if op.kind == "embedding":
-                rows = self.weights.of(op, "weight")
-                reach += math.sqrt(rows.shape[1]) * 2 if self._normed(op) is not None else float(np.abs(rows).max())
+                rows, readers = self.weights.of(op, "weight"), self.graph.readers(op.name)
+                if len(readers) == 1 and isinstance(readers[0].dynamics, LayerNormDynamics):
+                    rows = self._normalised(rows, readers[0])
+                reach += float(np.abs(rows).max())
             elif op.kind == "residual":
                 reach += self._reach(self.graph[op.inputs[1]])
         return min(STREAM, math.floor(math.log2((STATE_LIMIT - 1) / (2.1 * max(reach, 1.0)))))
@@ -298,10 +245,12 @@ class _Lowering:
             hint="spiking: true",
         )
 
-    def _normed(self, op: Op) -> Op | None:
-        """Return the layer norm that alone reads an embedding."""
-        readers = self.graph.readers(op.name)
-        return readers[0] if len(readers) == 1 and isinstance(readers[0].dynamics, LayerNormDynamics) else None
+    def _normalised(self, rows: Array, op: Op) -> Array:
+        """Return rows (V, C) behind a layer norm."""
+        assert isinstance(op.dynamics, LayerNormDynamics)
+        rows = rows - rows.mean(1, keepdims=True)
+        rows = rows / np.sqrt((rows**2).mean(1, keepdims=True) + op.dynamics.eps)
+        return rows * self.weights.of(op, "weight") + self.weights.of(op, "bias")
 
     def embedding(self, op: Op) -> Table:
         """Take the table."""
@@ -320,8 +269,7 @@ class _Lowering:
         gain, bias = self.weights.of(op, "weight"), self.weights.of(op, "bias")
         found = self.values[op.inputs[0]]
         if isinstance(found, Table) and len(self.graph.readers(op.inputs[0])) == 1:
-            rows = found.rows - found.rows.mean(1, keepdims=True)
-            return Table(rows / np.sqrt((rows**2).mean(1, keepdims=True) + op.dynamics.eps) * gain + bias)
+            return Table(self._normalised(found.rows, op))
         x, name, size = self.value(op.inputs[0]).port, node_name(op.name), op.size
 
         lost = self.summed(f"{name} sum", x)
