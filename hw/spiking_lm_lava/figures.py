@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
-from spiking_lm.hardware import Constant, Figure, Grade, PlacedOp, ProgramReport
+from spiking_lm.errors import MissingExtraError
+from spiking_lm.hardware import Constant, CoreUse, Figure, Grade, PlacedOp, ProgramReport
 from spiking_lm_lava.constants import (
     ENERGIES,
     LEAST_STEP,
@@ -16,6 +19,9 @@ from spiking_lm_lava.constants import (
 )
 from spiking_lm_lava.energy import Counts, spent
 from spiking_lm_lava.partition import Partition
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Picture
 
 NOT_A_MEASUREMENT = "placed and counted by a model of the chip; nothing was measured on a chip"
 
@@ -31,17 +37,18 @@ def report_of(
     counts: Counts | Mapping[str, int] | None = None,
     tokens: int = 0,
     costs: Costs | None = None,
+    further: Sequence[Figure] = (),
     warnings: Sequence[str] = (),
 ) -> ProgramReport:
     """Return the report of a program, given where its ops are and, after a run of ``tokens``, what was counted.
 
     ``operations`` are those of an op per token if nothing is skipped, by name; ``where`` and ``bytes`` of an op are
-    what :meth:`Partition.where` and :meth:`Partition.bytes` say of its nodes.
+    what :meth:`Partition.where` and :meth:`Partition.bytes` say of its nodes. ``further``: figures of its own.
     """
     costs = costs or Costs()
     found = Counts(**counts) if isinstance(counts, Mapping) else counts
     said = [NOT_A_MEASUREMENT, *warnings]
-    figures = [*_placed(partition), *_shares(placement, operations)]
+    figures = [*_placed(partition), *_shares(placement, operations), *further]
     if found is not None and tokens:
         figures += _counted(found, tokens)
         figures += _spent(found, tokens, partition, costs, said)
@@ -51,7 +58,36 @@ def report_of(
         said.append(f"on the host, and outside the figures of time and energy: {named}")
     if partition.chips > 1:
         said.append("what messages between chips cost was never published and counts as 0")
-    return ProgramReport("lava", model, tuple(placement), tuple(figures), _constants(partition, costs), tuple(said))
+    return ProgramReport(
+        "lava",
+        model,
+        tuple(placement),
+        tuple(figures),
+        _constants(partition, costs),
+        tuple(said),
+        cores_in_use(partition),
+        int(partition.target.cores_per_chip.value),
+    )
+
+
+def cores_in_use(partition: Partition) -> tuple[CoreUse, ...]:
+    """Return what each population takes of the words of its cores."""
+    per_chip, words = int(partition.target.cores_per_chip.value), partition.target.words_per_core.value
+    return tuple(
+        CoreUse(*divmod(piece.core, per_chip), piece.population.replace("/", "."), piece.words / words)
+        for piece in partition.pieces
+    )
+
+
+def placement_figure(partition: Partition) -> Picture:
+    """Draw the cores of the chips in use, each filled as far as its synapse memory is (extra ``report``)."""
+    try:
+        from spiking_lm.report import figures
+    except ImportError as error:
+        raise MissingExtraError("the picture", "report", detail=f"{error.name} is not installed") from None
+    with figures.style():
+        cores = [asdict(use) for use in cores_in_use(partition)]
+        return figures.cores_figure(cores, int(partition.target.cores_per_chip.value))
 
 
 def _constants(partition: Partition, costs: Costs) -> tuple[Constant, ...]:
@@ -110,7 +146,12 @@ def _counted(counts: Counts, tokens: int) -> list[Figure]:
     rows: tuple[tuple[str, int, str, str], ...] = (
         ("synaptic operations per token", counts.synaptic_operations, "operations", "a message and a stored synapse"),
         ("neuron updates per token", updates, "updates", f"{active:.2g} % of them received or sent something"),
-        ("messages per token", counts.messages, "messages", f"to a core each; {counts.from_host:,} from the host"),
+        (
+            "messages per token",
+            counts.messages,
+            "messages",
+            f"to a core each; {counts.from_host / tokens:,.0f} from the host",
+        ),
         ("hops per token", counts.hops_x + counts.hops_y, "hops", f"between tiles, {per_message:.2g} a message"),
         ("values read by the host per token", counts.to_host, "messages", "other than 0"),
         (

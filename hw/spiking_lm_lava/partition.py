@@ -5,7 +5,7 @@ that several processes read, or none, has accumulators of its own. Sources and s
 neurons ``first .. last`` of a population has an in-axon for each value that reaches one of them, which takes
 ``1 + ceil(fan_out_on_core * bits / 32)`` words, and the sum of those is what its memory bounds.
 
-The partition is greedy and has no choice in it: populations in the order of data flow, each on the open core where it
+The partition is greedy and has no choice in it: populations in the network's order, each on the open core where it
 fits there whole, else from a new core on as many neurons per core as fit.
 """
 
@@ -256,7 +256,7 @@ def _refuse_payload(network: Network, target: Target) -> None:
 
 
 def _populations(network: Network) -> tuple[list[Population], dict[str, str]]:
-    """Return what is placed, in the order of data flow, and the population of each synapse."""
+    """Return what is placed, in the network's order, and the population of each synapse."""
     owner = {}
     for node in network.nodes:
         if isinstance(node, Synapse):
@@ -264,15 +264,14 @@ def _populations(network: Network) -> tuple[list[Population], dict[str, str]]:
             alone = len(readers) == 1 and not isinstance(network[readers[0]], (Synapse, Sink))
             owner[node.name] = readers[0] if alone else node.name
     found = []
-    for name in (name for group in network.groups() for name in group):
-        node = network[name]
-        if isinstance(node, (Source, Sink)) or owner.get(name, name) != name:
+    for node in network.nodes:
+        if isinstance(node, (Source, Sink)) or owner.get(node.name, node.name) != node.name:
             continue
         if isinstance(node, Synapse):
             wires = _into_synapse(network, node)
         else:
             wires = [wire for port in node.reads for wire in _into_port(network, node, port, owner)]
-        found.append(Population(name, node.size, tuple(wires)))
+        found.append(Population(node.name, node.size, tuple(wires)))
     return found, owner
 
 

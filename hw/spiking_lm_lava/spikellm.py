@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from spiking_lm.config import parse_config
 from spiking_lm.errors import DataError, LoweringError
 from spiking_lm.graph import LMGraph
-from spiking_lm.hardware import PlacedOp, Program, ProgramReport, ProgramResult
+from spiking_lm.hardware import Figure, PlacedOp, Program, ProgramReport, ProgramResult
 from spiking_lm.host import HostModel, HostOp, HostState, host_model
 from spiking_lm.host import check as check_host
 from spiking_lm.integers import GIFNeurons, IntegerProduct, SpikeProduct
@@ -76,7 +76,7 @@ class Matrix:
 
     def names(self, kind: str) -> list[str]:
         """Return the names of the nodes of each part: its ``source``, its ``synapse``, its ``sink``."""
-        return [f"{self.op.replace('.', '/')}/{kind}{number}" for number in range(len(self.parts))]
+        return [f"{self.op.replace('.', '/')}/{kind}/{number}" for number in range(len(self.parts))]
 
     def synapse(self, name: str, weight: NDArray[Any]) -> Synapse:
         """Return weights of the matrix in as few bits as they have."""
@@ -158,7 +158,7 @@ class ProductsProgram(Program):
             with self._computing(len(ids[piece])) as compute:
                 given, after = self._with(compute, counter).run(ids[piece], after)
             logits[piece] = given
-        counters = {"tokens": len(ids), "executor": self.config.executor, **counter.counts.to_dict()}
+        counters = {"tokens": len(ids), "executor": self.config.executor, "counts": counter.counts.to_dict()}
         return ProgramResult(logits, after, counters)
 
     def _with(self, compute: Compute, counter: Counter) -> HostModel:
@@ -220,22 +220,20 @@ class ProductsProgram(Program):
 
     def report(self, result: ProgramResult | None = None) -> ProgramReport:
         """Say what is where, and, given what a run counted, how often what happened and what that takes."""
-        counts, tokens = None, 0
-        if result is not None:
-            tokens = result.counters["tokens"]
-            counts = {name: value for name, value in result.counters.items() if name not in ("tokens", "executor")}
+        counters = {} if result is None else result.counters
         parts = sum(len(matrix.parts) for matrix in self.matrices.values())
         schedule = f"matrices take turns, each with {PIECE} tokens at most; the others rest, and count as idle"
-        split = f"{len(self.matrices)} matrices are {parts} synapses, of one scale each and of sums within 24 bits"
+        split = f"of {len(self.matrices)} matrices: each of one scale, and of sums within 24 bits"
         return report_of(
             model=self.model,
             placement=[self._place(op) for op in self.host.ops],
             partition=self.partition,
             operations=self.operations,
-            counts=counts,
-            tokens=tokens,
+            counts=counters.get("counts"),
+            tokens=counters.get("tokens", 0),
             costs=self.config.costs,
-            warnings=[schedule, split],
+            further=[Figure("synapses", parts, "", "derived", split)],
+            warnings=[schedule],
         )
 
     def _place(self, op: HostOp) -> PlacedOp:

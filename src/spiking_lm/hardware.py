@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PROGRAM_FORMAT",
     "Constant",
+    "CoreUse",
     "Figure",
     "Grade",
     "LoweringError",
@@ -101,6 +102,19 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class CoreUse:
+    """What a part of a program takes of one core; several may share it."""
+
+    chip: int
+    core: int
+    """On its chip."""
+    what: str
+    """The part, in words of the model."""
+    share: float
+    """Of what bounds the core, 0 .. 1."""
+
+
+@dataclass(frozen=True)
 class ProgramReport:
     """What a program occupies and costs, each figure with its grade, each constant with its source."""
 
@@ -110,6 +124,9 @@ class ProgramReport:
     figures: tuple[Figure, ...]
     constants: tuple[Constant, ...]
     warnings: tuple[str, ...] = ()
+    cores: tuple[CoreUse, ...] = ()
+    """Which cores are in use, for a picture; empty where a backend does not say."""
+    cores_per_chip: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON-able form."""
@@ -125,7 +142,10 @@ class ProgramReport:
 
 @dataclass
 class ProgramResult:
-    """What a run gave: ``logits (S, V)`` float32, the state after the last token, and what was counted."""
+    """What a run gave: ``logits (S, V)`` float32, the state after the last token, and what was counted.
+
+    ``counters["runner"]`` says in words what ran the program where that was no simulator of the backend's own.
+    """
 
     logits: NDArray[np.float32]
     state: Any

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,7 +118,7 @@ def test_sums_that_several_read_have_accumulators_of_their_own() -> None:
     )
     found = partition(network, LOIHI2)
     check(network, found)
-    assert sorted(piece.population for piece in found.pieces) == ["a", "b", "w"]
+    assert [piece.population for piece in found.pieces] == ["w", "a", "b"]
     assert [piece.words for piece in found.pieces] == [4 * 2, 4 * 2, 4 * 2]
 
 
@@ -191,3 +193,40 @@ def test_populations_are_halved_until_no_core_has_too_many_out_axons() -> None:
     assert [len(tight.of(name)) for name in ("a", "b")] == [8, 64]
     with pytest.raises(LoweringError, match=r"a core would have 64 out-axons; one of Loihi 1 has 60"):
         partition(network, limited(LOIHI1, words_per_core=16, axons_per_core=60))
+
+
+def test_the_picture_has_every_core_filled_as_far_as_it_is() -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.patches import Rectangle
+
+    from spiking_lm_lava.figures import cores_in_use, placement_figure
+
+    network = three_layers(512)
+    small = limited(LOIHI2, cores_per_chip=10)
+    found = partition(network, small)
+    figure = placement_figure(found)
+    first, second = figure.axes
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["chip 1: 10 of 10 cores", "chip 2: 8 of 10 cores"]
+    for chip, axes in enumerate((first, second)):
+        filled = [patch for patch in axes.patches if isinstance(patch, Rectangle) and patch.get_linewidth() == 0]
+        shares = sorted(patch.get_height() / 0.9 for patch in filled)
+        words = found.words[10 * chip : 10 * chip + 10]
+        assert shares == pytest.approx(sorted(words / 12000))
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["n0", "n1", "n2"]
+    assert sum(use.share for use in cores_in_use(found)) == pytest.approx(found.words.sum() / 12000)
+
+
+def test_the_report_of_a_run_shows_the_cores(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from spiking_lm.report.collect import Collected
+    from spiking_lm.report.page import cores_of
+    from spiking_lm_lava.figures import report_of
+
+    found = partition(recurrent(), LOIHI2)
+    report = report_of(model="toy", placement=[], partition=found, operations={}).to_dict()
+    kept = json.loads(json.dumps(report))
+    uses, per_chip = cores_of(Collected(tmp_path, deployment={"report": kept})) or ([], 0)
+    assert (len(uses), per_chip, uses[0]["what"]) == (1, 120, "lif")
+    for broken in ({"report": 3}, {"report": {}}, {"report": {**kept, "cores": [{"chip": 0}]}}, {}):
+        assert cores_of(Collected(tmp_path, deployment=broken)) is None

@@ -66,7 +66,7 @@ def test_the_program_is_the_model(config: dict[str, Any]) -> None:
     result = program.run(TOKENS)
     np.testing.assert_allclose(result.logits, output.logits[0], rtol=1e-6, atol=1e-6)
     spikes = sum(int((counts != 0).sum()) for counts, _ in seen.values())
-    assert result.counters["from_host"] >= spikes > 0
+    assert result.counters["counts"]["from_host"] >= spikes > 0
     first = program.run(TOKENS[:7])
     second = program.run(TOKENS[7:], first.state)
     np.testing.assert_array_equal(np.concatenate([first.logits, second.logits]), result.logits)
@@ -178,9 +178,9 @@ def test_counts_are_those_of_the_network_that_is_placed() -> None:
             source: charges[:, part.columns] for part, source in zip(matrix.parts, matrix.names("source"), strict=True)
         }
         Simulator(matrix.network()).run(inputs, observe=counter.add)
-    expected = {"tokens": 30, "executor": "simulator", **counter.counts.to_dict()}
+    expected = {"tokens": 30, "executor": "simulator", "counts": counter.counts.to_dict()}
     assert result.counters == expected
-    assert result.counters["steps"] == 7 * 31
+    assert counter.counts.steps == 7 * 31
 
 
 def test_the_report_says_what_is_where() -> None:

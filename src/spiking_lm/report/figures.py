@@ -17,7 +17,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from spiking_lm.graph import layer_pattern
@@ -302,6 +302,50 @@ def operations_figure(bars: Sequence[tuple[str, Mapping[str, float]]]) -> Figure
     axes.grid(False, axis="y")
     axes.spines["left"].set_visible(False)
     axes.invert_yaxis()
+    return figure
+
+
+# --- Placement --------------------------------------------------------------------------------------------------------
+
+
+_COLUMNS, _CHIPS, _NAMED = 16, 8, 14
+"""Cores in a row of a chip, chips that are drawn, and parts that the legend names."""
+
+
+def cores_figure(cores: Sequence[Mapping[str, Any]], per_chip: int) -> Figure:
+    """Draw chips as squares of cores, each filled as far as it is used; ``cores`` are the fields of ``CoreUse``.
+
+    Parts of identical layers have one colour. Of many chips the first ones are drawn, and the title says so.
+    """
+    chips = 1 + max(use["chip"] for use in cores)
+    drawn, rows = min(chips, _CHIPS), -(-per_chip // _COLUMNS)
+    across = min(drawn, 2)
+    figure = Figure(figsize=(5.2 * across + 3, 2.6 * -(-drawn // across) + 0.4), layout="constrained")
+    grid = np.atleast_1d(figure.subplots(-(-drawn // across), across)).ravel()
+    patterns = dict.fromkeys(layer_pattern(use["what"]) for use in cores)
+    colours = {pattern: SERIES[i % len(SERIES)][0] for i, pattern in enumerate(patterns)}
+    for chip, axes in enumerate(grid):
+        axes.set_axis_off()
+        if chip >= drawn:
+            continue
+        filled: dict[int, float] = {}
+        for core in range(per_chip):
+            x, y = core % _COLUMNS, core // _COLUMNS
+            axes.add_patch(Rectangle((x, y), 0.9, 0.9, facecolor="none", edgecolor=LINE, linewidth=0.6))
+        for use in (use for use in cores if use["chip"] == chip):
+            core, below = use["core"], filled.get(use["core"], 0.0)
+            height = 0.9 * min(use["share"], 1 - below)
+            corner = (core % _COLUMNS, core // _COLUMNS + 0.9 - 0.9 * below - height)
+            axes.add_patch(Rectangle(corner, 0.9, height, color=colours[layer_pattern(use["what"])], linewidth=0))
+            filled[core] = below + use["share"]
+        axes.set(xlim=(-0.1, _COLUMNS), ylim=(rows, -0.1), aspect="equal")
+        more = f" of {chips:,}" if chips > drawn and chip == drawn - 1 else ""
+        axes.set_title(f"chip {chip + 1}{more}: {len(filled)} of {per_chip} cores")
+    named = list(patterns)[:_NAMED]
+    handles = [Patch(color=colours[pattern], label=pattern) for pattern in named]
+    if len(patterns) > _NAMED:
+        handles.append(Patch(color="none", label=f"and {len(patterns) - _NAMED} more"))
+    figure.legend(handles=handles, loc="outside right upper", fontsize=8)
     return figure
 
 

@@ -73,6 +73,10 @@ def _pictures(run: Collected) -> dict[str, tuple[str, Any]]:
         ),
         "rates_final": ("Firing rate by layer", figures.final_rates_figure(rates) if rates else None),
         "rates_training": ("Firing rates over training", figures.training_rates_figure(run)),
+        "cores": (
+            "Cores in use by part of the model",
+            figures.cores_figure(*cores) if (cores := cores_of(run)) else None,
+        ),
     }
 
 
@@ -88,8 +92,22 @@ def _files(run: Collected) -> dict[str, Any]:
         "raster": figures.raster_figure(raster, [shown(piece) for piece in raster.text], _chosen_sites(raster))
         if raster is not None and raster.text and raster.spikes
         else None,
+        "cores": figures.cores_figure(*cores) if (cores := cores_of(run)) else None,
     }
     return {name: figure for name, figure in found.items() if figure is not None}
+
+
+def cores_of(run: Collected) -> tuple[list[dict[str, Any]], int] | None:
+    """Return the cores that the deployed program uses, and those of a chip; None where nothing is said of them."""
+    report = (run.deployment or {}).get("report")
+    cores, per_chip = (report.get("cores"), report.get("cores_per_chip")) if isinstance(report, dict) else (None, None)
+    if not isinstance(cores, list) or not cores or not isinstance(per_chip, int) or per_chip < 1:
+        return None
+    kinds: dict[str, Any] = {"chip": int, "core": int, "what": str, "share": (int, float)}
+    for use in cores:
+        if not isinstance(use, dict) or not all(isinstance(use.get(name), kind) for name, kind in kinds.items()):
+            return None
+    return cores, per_chip
 
 
 def _loss_figure(run: Collected) -> Any:
