@@ -62,6 +62,7 @@ def bench_lava(repeats: int) -> list[Row]:
         with LavaSession(lava, network(), 1) as session:
             session.advance({"x": x})
             seconds.append(time.perf_counter() - begun)
+    versions = session.result().versions
     start = Row(
         START,
         ROWS[START],
@@ -69,8 +70,8 @@ def bench_lava(repeats: int) -> list[Row]:
         unit="s",
         target=6.0,
         at_most=True,
-        note=f"{LAYERS} layers of {NEURONS}; {lava.origin}",
-        details={"wall_seconds": seconds},
+        note=f"{LAYERS} layers of {NEURONS}; lava-nc {versions.get('lava-nc')}, Python {versions.get('python')}",
+        details={"wall_seconds": seconds, "versions": versions},
     )
     return [_row(name, rows[name], firing) for name in (STEPPED, PIPELINED)] + [start]
 

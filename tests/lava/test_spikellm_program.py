@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 import spiking_lm
 from spiking_lm.errors import DataError, LoweringError, PluginError
+from spiking_lm.hardware import check_graph, load_program, lower
 from spiking_lm.host import HostModel, HostOp
 from spiking_lm.integers import GIFNeurons, IntegerProduct
 from spiking_lm.interfaces import SpikingLanguageModel
@@ -236,3 +238,14 @@ def test_lava_gives_the_same_logits() -> None:
     theirs = lower_products(model, LavaConfig(executor="lava")).run(TOKENS[:9])
     np.testing.assert_array_equal(ours.logits, theirs.logits)
     assert {**theirs.counters, "executor": "simulator"} == ours.counters
+
+
+def test_by_name_from_model_to_folder_and_back(tmp_path: Path) -> None:
+    model = spikellm(n_layer=1)
+    check_graph(model.graph(), "lava")
+    program = lower(model, "lava")
+    assert isinstance(program, ProductsProgram)
+    program.save(tmp_path / "program")
+    again = load_program(tmp_path / "program")
+    np.testing.assert_array_equal(again.run(TOKENS).logits, program.run(TOKENS).logits)
+    assert again.report().to_dict() == program.report().to_dict()
