@@ -28,6 +28,9 @@ from spiking_lm_lava.shares import fed_by
 from spiking_lm_lava.simulator import NetworkState, Rows, Simulator
 from spiking_lm_lava.spikellm import ProductsProgram
 
+STEPS_AT_ONCE = 1024
+"""Of a long text in the simulator, which keeps what every node sent in them."""
+
 LOGITS = "logits"
 """The sink of the sums that become logits."""
 
@@ -116,12 +119,16 @@ class LavaProgram(Program):
             for name, part in self._memory():
                 after.nodes[name][part] = run.watched[f"{name}.{part}"][-1]
             after.t = before.t + len(sums)
-            counters["seconds"] = run.timings
+            counters |= {"runner": "Lava, its start included", "seconds": run.timings}
         else:
-            counter = Counter(self.partition)
-            simulated = self.simulator.run(inputs, before, observe=counter.add)
+            counter, parts, after = Counter(self.partition), [], before
+            for start in range(0, len(ids) + drain + 1, STEPS_AT_ONCE):
+                some = {name: rows[start : start + STEPS_AT_ONCE] for name, rows in inputs.items()}
+                simulated = self.simulator.run(some, after, observe=counter.add)
+                parts.append(simulated.sinks[LOGITS])
+                after = simulated.state
+            sums = np.concatenate(parts)
             counters["counts"] = counter.counts.to_dict()
-            sums, after = simulated.sinks[LOGITS], simulated.state
         counters["steps"] = len(sums)
         return ProgramResult(self.parts.logits(sums[drain : drain + len(ids)]), after, counters)
 

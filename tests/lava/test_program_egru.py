@@ -18,9 +18,10 @@ import spiking_lm
 from spiking_lm import hardware
 from spiking_lm.data import create_tokenizer
 from spiking_lm.deployment import embedded_tokens, model_logits, render
-from spiking_lm.errors import CheckpointError, ConfigError, DataError, LoweringError
+from spiking_lm.errors import CheckpointError, ConfigError, DataError, LoweringError, PluginError
 from spiking_lm.hardware import load_program, lower
 from spiking_lm_lava.executor import LavaExecutor
+from spiking_lm_lava.install import PYTHON_VARIABLE
 from spiking_lm_lava.process import Synapse
 from spiking_lm_lava.program import LavaProgram
 from spiking_lm_lava.quantise import LIMIT, most_of_messages, observe, quantise_rows, quantise_table
@@ -98,6 +99,15 @@ def test_a_stream_may_be_cut_anywhere(program: LavaProgram) -> None:
         assert (again.logits == second.logits).all()
 
 
+def test_a_long_text_is_read_in_pieces(program: LavaProgram, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = program.run(TOKENS)
+    monkeypatch.setattr("spiking_lm_lava.program.STEPS_AT_ONCE", 7)
+    pieces = program.run(TOKENS)
+    assert (pieces.logits == whole.logits).all()
+    added_up = ("steps", "synaptic_operations", "messages", "active_updates", "to_host")
+    assert all(pieces.counters["counts"][name] == whole.counters["counts"][name] for name in added_up)
+
+
 def test_generation_is_that_of_the_int8_model(program: LavaProgram) -> None:
     prompts = TOKENS[:14].reshape(2, 7)
     wanted = Int8Model(program.parts).generate(prompts, 30)
@@ -122,6 +132,15 @@ def test_lava_gives_the_same_integers_and_goes_on_from_a_state(lava: LavaExecuto
     second = in_lava.run(TOKENS[20:], simulated.state)
     assert (second.logits == program.run(TOKENS[20:], first.state).logits).all()
     assert (in_lava.generate(TOKENS[:7], 10) == program.generate(TOKENS[:7], 10)).all()
+
+
+def test_without_lava_the_command_that_brings_it_is_named(
+    program: LavaProgram, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(PYTHON_VARIABLE, str(tmp_path / "python"))
+    in_lava = LavaProgram(program.parts, program.config.model_copy(update={"executor": "lava"}), model="egru")
+    with pytest.raises(PluginError, match=PYTHON_VARIABLE):
+        in_lava.run(TOKENS[:2])
 
 
 def test_a_saved_program_runs_without_torch(program: LavaProgram, tmp_path: Path) -> None:

@@ -290,7 +290,8 @@ def run_grid(account: Row) -> Grid:
         apart = account["quantised_difference"]
         remark = "quantised, in torch; its logits are " + ("the program's" if not apart else f"up to {apart:.3g} off")
         rows.insert(1, ["perplexity of the model, quantised", f"{account['quantised_perplexity']:.4f}", remark])
-    rows.append(["speed of the simulator", f"{account['tokens_per_s']:,.0f}", "tokens/s on this machine"])
+    runner = account.get("counters", {}).get("runner", "the simulator")
+    rows.append([f"speed of {runner}", f"{account['tokens_per_s']:,.0f}", "tokens/s on this machine"])
     return ["figure", ">value", "remark"], rows
 
 
