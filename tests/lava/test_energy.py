@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter as Tally
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -252,3 +255,26 @@ def test_the_report_on_loihi_2_refuses_a_total() -> None:
         "cores", "chips", "neurons", "synapse words, fullest core", "use of synapse memory",
         "weights on neuromorphic cores", "weights on the host",
     }  # fmt: skip
+
+
+def test_the_example_on_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    page = (Path(__file__).resolve().parents[2] / "docs" / "lava.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    first = page[page.index("```python\nimport numpy") :]
+    ours = page[page.index("```python\nfrom spiking_lm_lava.constants") :]
+    scope: dict[str, Any] = {}
+    for block in (first, ours):
+        exec(compile(block[len("```python\n") : block.index("\n```")], "docs/lava.md", "exec"), scope)
+    assert scope["placed"].cores == 1
+    assert scope["counter"].counts.messages > 0
+    assert (tmp_path / "cores.png").stat().st_size > 1000
+
+
+def test_the_table_of_limits_is_that_of_the_code() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "lava.md").read_text(encoding="utf-8")
+    for limit in ("words_per_core", "neurons_per_core", "cores_per_chip"):
+        one, other = (f"{getattr(target, limit).value:,.0f}" for target in (LOIHI1, LOIHI2))
+        assert re.search(rf"\| {one}\b.* \| {other}\b", page), limit
+    for board in (*LOIHI1.boards, *LOIHI2.boards):
+        assert f"{board.chips.name.removeprefix('chips of ')} {board.chips.value:,.0f}" in page
