@@ -219,6 +219,7 @@ def test_the_picture_has_every_core_filled_as_far_as_it_is() -> None:
 
 def test_the_report_of_a_run_shows_the_cores(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
+    from spiking_lm.report import write_report
     from spiking_lm.report.collect import Collected
     from spiking_lm.report.page import cores_of
     from spiking_lm_lava.figures import report_of
@@ -228,5 +229,14 @@ def test_the_report_of_a_run_shows_the_cores(tmp_path: Path) -> None:
     kept = json.loads(json.dumps(report))
     uses, per_chip = cores_of(Collected(tmp_path, deployment={"report": kept})) or ([], 0)
     assert (len(uses), per_chip, uses[0]["what"]) == (1, 120, "lif")
+    account = {
+        "backend": "lava", "protocol": "a test", "tokens": 1, "perplexity": 2.0, "tokens_per_s": 1.0, "report": kept,
+    }  # fmt: skip
+    (tmp_path / "manifest.json").write_text("{}")
+    (tmp_path / "deployment.json").write_text(json.dumps(account))
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert 'aria-label="Cores in use by part of the model"' in page
+    assert "chip 1: 1 of 120 cores" in page
+    assert (tmp_path / "report" / "cores.png").stat().st_size > 1000
     for broken in ({"report": 3}, {"report": {}}, {"report": {**kept, "cores": [{"chip": 0}]}}, {}):
         assert cores_of(Collected(tmp_path, deployment=broken)) is None
