@@ -157,7 +157,7 @@ class StepDropout(nn.Dropout):
         n, dropped = math.prod(shape), min(max(1, round(self.p * 2**16)), 2**16 - 1)
         words = torch.empty((n + 3) // 4, dtype=torch.int64, device=like.device).random_(-(2**63), None)
         kept = words.view(torch.int16)[:n].view(*shape) >= dropped - 2**15
-        return kept.to(like.dtype).mul_(2**16 / (2**16 - dropped))
+        return kept * like.new_tensor(2**16 / (2**16 - dropped))
 
     def forward(self, x: Tensor) -> Tensor:
         """Drop elements of ``x (T, ...)``."""
@@ -187,6 +187,12 @@ class Attention(nn.Module):
         The cache of a causal model holds all tokens; an encoder has none.
         """
         q, k, v = project(x, (self.query, self.key, self.value), record)
+        key, value = self.key_neuron, self.value_neuron
+        seen = record is not None and (record.spikes is not None or record.scores is not None)
+        unseen = not seen and not self.causal  # nobody wants to see the spikes, or keep them
+        if unseen and isinstance(key, Elastic) and isinstance(value, Elastic) and not key.config.learn_alpha:
+            amplitudes = torch.stack([key.settled(k), value.settled(v)])
+            return self.mix(q, self._by_head(k), self._by_head(v), mask, amplitudes=amplitudes), None
         k, v = self.fire(k, v, record)
         cache = None
         if self.causal:
@@ -206,13 +212,26 @@ class Attention(nn.Module):
             record.fired(f"{self.name}.value_neuron", self.value_neuron, v)
         return self._by_head(k), self._by_head(v)
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, record: Record | None = None) -> Tensor:
-        """Return what queries ``(T, B, S, H)`` find in keys and values ``(T, B, heads, L, d)``: ``(T, B, S, H)``."""
+    def mix(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        record: Record | None = None,
+        amplitudes: Tensor | None = None,
+    ) -> Tensor:
+        """Return what queries ``(T, B, S, H)`` find in keys and values ``(T, B, heads, L, d)``: ``(T, B, S, H)``.
+
+        With ``amplitudes (2, T)``, keys and values are currents that have yet to fire.
+        """
         by_head = self._by_head(q)
         if record is not None and record.scores is not None:
             scores = by_head @ k.transpose(-1, -2) / by_head.shape[-1] ** 0.5
             record.scores.append((scores if mask is None else scores.masked_fill(mask <= MASKED, MASKED)).mean(0))
-        y = attention(by_head, k, v, mask, self.dropout.mask((*by_head.shape[1:4], k.shape[3]), q))
+        keep = self.dropout.mask((*by_head.shape[1:4], k.shape[3]), q)
+        bits = self.key_neuron.config.bits if isinstance(self.key_neuron, Elastic) else 2
+        y = attention(by_head, k, v, mask, keep, amplitudes, bits=bits)
         return y.transpose(2, 3).reshape(q.shape)
 
     def _by_head(self, x: Tensor) -> Tensor:
@@ -332,7 +351,7 @@ class Embedded(SpikingLanguageModel):
         self.position = nn.Embedding(config.ctx_len, size)
         self.kind = nn.Embedding(kinds, size)
         self.norm = nn.LayerNorm(size, config.norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = StepDropout(config.dropout)
 
     def init_weights(self) -> None:
         """Draw the weights of all matrices and tables."""
@@ -373,8 +392,8 @@ class Embedded(SpikingLanguageModel):
         if self.training and config.word_dropout:
             x = x * (torch.rand(tokens.shape, device=x.device) >= config.word_dropout)[..., None]
         kinds = self.kind.weight[kind] if isinstance(kind, int) else self.kind(kind)
-        x = self.dropout(self.norm(x + self.position.weight[before:end] + kinds))
-        return cast(Tensor, x.expand(config.time_steps, *x.shape))
+        x = self.norm(x + self.position.weight[before:end] + kinds)
+        return cast(Tensor, self.dropout(x[None]).expand(config.time_steps, *x.shape))
 
     def spike_sites(self) -> list[SpikeSite]:
         """Return the inputs of the matrices, and keys and values; the dense twin has none."""
@@ -465,7 +484,7 @@ class SpikeLM(Embedded, SpikingEncoder):
         """Return class logits for ``pooled (B, H)`` of :meth:`encode`."""
         if self.classify_head is None:
             raise self._cannot("has no classification head")
-        return cast(Tensor, self.classify_head(self.dropout(pooled)))
+        return cast(Tensor, self.classify_head(self.dropout(pooled[None])[0]))
 
     @torch.no_grad()
     def calibrate(self, tokens: Tensor, lengths: Tensor | None = None) -> None:

@@ -101,6 +101,12 @@ class Elastic(Neuron):
         """Return the spikes of currents ``x (T, ...)`` from rest, time first; nothing is carried on."""
         return self._run(x, 0, None, final=False)[0]
 
+    def settled(self, x: Tensor) -> Tensor:
+        """Return the amplitudes ``(T,)`` for currents ``x (T, ...)`` from rest, which set them if nothing has."""
+        if not self._ready or self._calibrating:
+            self._prepare(x, 0, None)
+        return self._amplitudes(0, len(x))
+
     def fire_into(
         self, x: Tensor, weights_t: Sequence[Tensor], biases: Sequence[Tensor], *, gelu: bool = False
     ) -> tuple[Tensor, ...]:
@@ -108,9 +114,8 @@ class Elastic(Neuron):
 
         With ``gelu``, the currents are gelu(x).
         """
-        if not self._ready or self._calibrating:
-            self._prepare(F.gelu(x) if gelu else x, 0, None)
-        c, alpha = self.config, self._amplitudes(0, len(x))
+        calm = self._ready and not self._calibrating
+        c, alpha = self.config, self.settled(F.gelu(x) if gelu and not calm else x)
         neurons = {"beta": c.beta, "bits": c.bits, "reset": c.reset}
         return products.elastic_linears(x, alpha, weights_t, biases, gelu=gelu, **neurons)
 

@@ -89,6 +89,46 @@ def test_fast_attention_equals_its_definition(
     assert alone.transpose(2, 3).is_contiguous(), "ready for the next matrix"
 
 
+@settings(max_examples=15)
+@given(
+    shape=st.tuples(*(st.integers(1, n) for n in (3, 2, 3, 19, 20))),
+    extra=st.integers(0, 18),
+    bits=st.sampled_from([1, 2]),
+    dropout=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@pytest.mark.parametrize("implementation", ["reference", *FAST])
+def test_keys_and_values_that_fire_on_the_way_are_those_of_neurons_that_forget(
+    implementation: str, shape: tuple[int, ...], extra: int, bits: Any, dropout: bool, seed: int
+) -> None:
+    leaves = inputs(shape, shape[3] + extra, columns=True, seed=seed, dtype=torch.float64)
+    keep = (torch.rand(shape[1], shape[2], shape[3], shape[3] + extra) < 0.7).double() / 0.7 if dropout else None
+    amplitudes = 0.5 + torch.rand(2, shape[0], dtype=torch.float64)
+
+    def mixed(*, apart: bool) -> list[Tensor]:
+        q, k, v = leaves
+        with kernels.use(attention=implementation):
+            if apart:
+                k, v = (
+                    kernels.elastic_scan(x, a, beta=0.0, bits=bits)[0] for x, a in zip((k, v), amplitudes, strict=True)
+                )
+                y = kernels.attention(q, k, v, None, keep)
+            else:
+                y = kernels.attention(q, k, v, None, keep, amplitudes, bits=bits)
+        weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
+        return [y.detach(), *torch.autograd.grad((y * weights).sum(), leaves)]
+
+    for got, expected in zip(mixed(apart=False), mixed(apart=True), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-14)
+
+
+def test_amplitudes_that_do_not_fit_are_refused() -> None:
+    q, k, v = inputs((2, 1, 2, 5, 4), 5, columns=True, seed=0, dtype=torch.float32)
+    for wrong in (torch.ones(2, 3), torch.ones(2, 2, requires_grad=True)):
+        with pytest.raises(UsageError, match="amplitudes"):
+            kernels.attention(q, k, v, None, None, wrong)
+
+
 @pytest.mark.parametrize("implementation", FAST)
 def test_the_same_gradient_cannot_be_taken_twice_in_silence(implementation: str) -> None:
     leaves = inputs((2, 1, 2, 5, 4), 5, columns=True, seed=0, dtype=torch.float64)

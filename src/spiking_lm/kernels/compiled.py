@@ -225,7 +225,7 @@ class _Elastic(torch.autograd.Function):
 
 
 def supports_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, keep: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, keep: Tensor | None = None, *_: Any, **__: Any
 ) -> bool | str:
     """Say whether :func:`attention` takes these inputs, or why not."""
     if q.dtype not in (torch.float32, torch.float64):
@@ -237,12 +237,25 @@ def supports_attention(
     return takes(q.shape[0] * q.shape[1] * q.shape[2] * q.shape[3] * k.shape[3], q, k, v, mask, keep)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    keep: Tensor | None = None,
+    amplitudes: Tensor | None = None,
+    *,
+    bits: int = 2,
+) -> Tensor:
     """Mix values by attention; see :func:`spiking_lm.kernels.attention`."""
+    fires = None
+    if amplitudes is not None:
+        options: dict[str, Any] = {"beta": 0.0, "bits": bits, "reset": "asymmetric"}
+        fires = np.stack([elastic_factors(alpha, q.dtype, **options) for alpha in amplitudes])
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        y: Tensor = _Attention.apply(q, k, v, mask, keep)
+        y: Tensor = _Attention.apply(q, k, v, mask, keep, fires)
         return y
-    return _attention_forward(*_attention_arguments(q, k, v, mask, keep), q)
+    return _attention_forward(*_attention_arguments(q, k, v, mask, keep, fires), q)
 
 
 def _rows(t: Tensor) -> tuple[Any, tuple[int, ...]]:
@@ -251,7 +264,9 @@ def _rows(t: Tensor) -> tuple[Any, tuple[int, ...]]:
     return memory(t), t.stride()[:4]
 
 
-def _attention_arguments(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, keep: Tensor | None) -> tuple[Any, ...]:
+def _attention_arguments(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, keep: Tensor | None, fires: Any
+) -> tuple[Any, ...]:
     (q_data, q_at), (k_data, k_at), (v_data, v_at) = (_rows(x) for x in (q, k, v))
     mask_at = (0, 0)
     if mask is not None:
@@ -261,7 +276,8 @@ def _attention_arguments(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, k
     shape = (*q.shape[:4], k.shape[3], q.shape[4])
     scale = q_data.dtype.type(q.shape[-1] ** -0.5)
     masks = _or_nothing(mask, q.dtype), mask_at, _or_nothing(keep, q.dtype)
-    return shape, q_data, k_data, v_data, q_at, k_at, v_at, *masks, scale
+    fires = np.zeros((0, 0, 5), scale.dtype) if fires is None else fires
+    return shape, q_data, k_data, v_data, q_at, k_at, v_at, fires, *masks, scale
 
 
 def _attention_forward(shape: tuple[int, ...], *args: Any) -> Tensor:
@@ -275,21 +291,22 @@ def _attention_forward(shape: tuple[int, ...], *args: Any) -> Tensor:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, keep: Tensor | None) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, keep: Any, fires: Any) -> Tensor:
         ctx.save_for_backward(q, k, v, mask, keep)
-        return _attention_forward(*_attention_arguments(q, k, v, mask, keep), q)
+        ctx.fires = fires
+        return _attention_forward(*_attention_arguments(q, k, v, mask, keep, fires), q)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         q, k, v, mask, keep = ctx.saved_tensors
-        shape, *rest = _attention_arguments(q, k, v, mask, keep)
+        shape, *rest = _attention_arguments(q, k, v, mask, keep, ctx.fires)
         n_steps, batch, heads, queries, length, size = shape
         gq, gk, gv = (fresh(q.new_empty(n_steps, batch, n, heads, size)) for n in (queries, length, length))
         units = n_steps * batch * heads
         args = *rest, *_rows(grads[0]), *(memory(g) for g in (gq, gk, gv))
         run(_jit().attention_backward, units, 2 * units * queries * length, shape, *args)
-        return gq.transpose(2, 3), gk.transpose(2, 3), gv.transpose(2, 3), None, None
+        return gq.transpose(2, 3), gk.transpose(2, 3), gv.transpose(2, 3), None, None, None
 
 
 # -- lif_scan ----------------------------------------------------------------------------------------------------------

@@ -42,6 +42,21 @@ def _take(source, offset, row, rows, columns, out):
 
 
 @compiled()
+def _take_or_fire(source, offset, row, rows, columns, fires, which, t, out):
+    """Take spikes as they are, or what currents make fire, as :func:`elastic_forward` does; that forgets."""
+    if not len(fires):
+        _take(source, offset, row, rows, columns, out)
+        return
+    bound, amplitude, zero = fires[which, t, 0], fires[which, t, 1], source.dtype.type(0)
+    for i in range(rows):
+        at = np.uintp(offset + i * row)
+        for j in range(np.uintp(columns)):
+            m = source[at + j]
+            rest = where(m == m, zero, m)
+            out[i, j] = where(m > bound, amplitude, where(m < -bound, -amplitude, rest))
+
+
+@compiled()
 def _expect(source, offset, row, rows, columns):
     """Ask for what :func:`_take` will read; rows of a head lie apart, which the processor does not foresee."""
     for i in range(rows):
@@ -64,6 +79,16 @@ def _put(x, rows, columns, target, offset, row):
         at = np.uintp(offset + i * row)
         for j in range(np.uintp(columns)):
             target[at + j] = x[i, j]
+
+
+@compiled()
+def _put_slopes(x, rows, columns, target, offset, row, source, source_offset, source_row, amplitude):
+    """Go back to the currents that fired."""
+    zero = source.dtype.type(0)
+    for i in range(rows):
+        at, there = np.uintp(source_offset + i * source_row), np.uintp(offset + i * row)
+        for j in range(np.uintp(columns)):
+            target[there + j] = where(abs(source[at + j]) <= amplitude, x[i, j], zero)
 
 
 @compiled(fastmath={"reassoc", "contract"})
@@ -128,8 +153,11 @@ def _offset(unit, heads, batch, at):
 
 
 @compiled()
-def attention_forward(start, stop, shape, q, k, v, q_at, k_at, v_at, mask, mask_at, keep, scale, y):
-    """Units are steps x rows of the batch x heads; ``*_at`` are distances between steps, rows, heads and places."""
+def attention_forward(start, stop, shape, q, k, v, q_at, k_at, v_at, fires, mask, mask_at, keep, scale, y):
+    """Units are steps x rows of the batch x heads; ``*_at`` are distances between steps, rows, heads and places.
+
+    ``fires`` has the factors of :func:`elastic_forward` for keys and for values, or nothing where they are spikes.
+    """
     _, batch, heads, queries, length, size = shape
     rows, columns, width = _padded(queries), _padded(length), _padded(size)
     a, c, out = aligned(rows, width, q), aligned(rows, columns, q), aligned(rows, width, q)
@@ -138,9 +166,9 @@ def attention_forward(start, stop, shape, q, k, v, q_at, k_at, v_at, mask, mask_
     for unit in range(start, stop):
         t, n, h = _where(unit, heads, batch)
         _take(q, _offset(unit, heads, batch, q_at), q_at[3], queries, size, a)
-        _take(k, _offset(unit, heads, batch, k_at), k_at[3], length, size, b)
+        _take_or_fire(k, _offset(unit, heads, batch, k_at), k_at[3], length, size, fires, 0, t, b)
         across(b, kt)
-        _take(v, _offset(unit, heads, batch, v_at), v_at[3], length, size, b)
+        _take_or_fire(v, _offset(unit, heads, batch, v_at), v_at[3], length, size, fires, 1, t, b)
         if unit + 1 < stop:
             _expect(q, _offset(unit + 1, heads, batch, q_at), q_at[3], queries, size)
             _expect(k, _offset(unit + 1, heads, batch, k_at), k_at[3], length, size)
@@ -158,7 +186,9 @@ def attention_forward(start, stop, shape, q, k, v, q_at, k_at, v_at, mask, mask_
 
 
 @compiled()
-def attention_backward(start, stop, shape, q, k, v, q_at, k_at, v_at, mask, mask_at, keep, scale, g, g_at, gq, gk, gv):
+def attention_backward(
+    start, stop, shape, q, k, v, q_at, k_at, v_at, fires, mask, mask_at, keep, scale, g, g_at, gq, gk, gv
+):
     """The weights are computed anew: that is quicker than reading them."""
     _, batch, heads, queries, length, size = shape
     rows, columns, width = _padded(queries), _padded(length), _padded(size)
@@ -170,11 +200,11 @@ def attention_backward(start, stop, shape, q, k, v, q_at, k_at, v_at, mask, mask
     one = q.dtype.type(1)
     for unit in range(start, stop):
         t, n, h = _where(unit, heads, batch)
-        at_k = _offset(unit, heads, batch, k_at)
+        at_k, at_v = _offset(unit, heads, batch, k_at), _offset(unit, heads, batch, v_at)
         _take(q, _offset(unit, heads, batch, q_at), q_at[3], queries, size, a)
-        _take(v, _offset(unit, heads, batch, v_at), v_at[3], length, size, b)
+        _take_or_fire(v, at_v, v_at[3], length, size, fires, 1, t, b)
         across(b, vt)
-        _take(k, at_k, k_at[3], length, size, b)
+        _take_or_fire(k, at_k, k_at[3], length, size, fires, 0, t, b)
         across(b, kt)
         _take(g, _offset(unit, heads, batch, g_at), g_at[3], queries, size, ga)
         to_k, to_q = ((t * batch + n) * length * heads + h) * size, ((t * batch + n) * queries * heads + h) * size
@@ -191,9 +221,15 @@ def attention_backward(start, stop, shape, q, k, v, q_at, k_at, v_at, mask, mask
         product(gw, ga, False, vt, rows, columns, size, one)
         _softmax_backward(w, keep, (n * heads + h) * queries * length, queries, length, dropped, gw)
         product(out, dropped, True, ga, columns, width, queries, one)
-        _put(out, length, size, gv, to_k, heads * size)
+        if len(fires):
+            _put_slopes(out, length, size, gv, to_k, heads * size, v, at_v, v_at[3], fires[1, t, 1])
+        else:
+            _put(out, length, size, gv, to_k, heads * size)
         product(out, gw, True, a, columns, width, queries, scale)
-        _put(out, length, size, gk, to_k, heads * size)
+        if len(fires):
+            _put_slopes(out, length, size, gk, to_k, heads * size, k, at_k, k_at[3], fires[0, t, 1])
+        else:
+            _put(out, length, size, gk, to_k, heads * size)
         product(out, gw, False, b, rows, width, length, scale)
         _put(out, queries, size, gq, to_q, heads * size)
 

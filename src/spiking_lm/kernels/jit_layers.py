@@ -52,32 +52,30 @@ _T, _HALF, _ONE = np.float32(0.4 * 0.5**0.5), np.float32(0.5), np.float32(1)
 _DENSITY = np.float32((2 * np.pi) ** -0.5)
 
 
-@compiled(fastmath={"contract"})
-def _gelu(x, at, size, out):
-    """Write x Phi(x), Phi being the normal distribution, of ``size`` numbers."""
-    at = np.uintp(at)
-    for j in range(np.uintp(size)):
-        number = x[at + j]
-        t = _ONE / (_ONE + _T * abs(number))
-        tail = _TAIL[0]
-        for i in range(1, 9):
-            tail = tail * t + _TAIL[i]
-        tail *= _HALF * t * exp(-_HALF * number * number)
-        out[j] = number * where(number < np.float32(0), tail, _ONE - tail)
+@compiled(fastmath={"contract"}, inline="always")
+def _normal(x):
+    """Phi(x), and exp(-x^2 / 2)."""
+    t, e = _ONE / (_ONE + _T * abs(x)), exp(-_HALF * x * x)
+    tail = _TAIL[0]
+    for i in range(1, 9):
+        tail = tail * t + _TAIL[i]
+    tail *= _HALF * t * e
+    return where(x < np.float32(0), tail, _ONE - tail), e
 
 
 @compiled(fastmath={"contract"})
-def _gelu_backward(x, at, size, g, to):
-    """Multiply g with Phi(x) + x Phi'(x)."""
+def _gelu(x, at, size, out, slopes, to):
+    """Write x Phi(x), Phi being the normal distribution, of ``size`` numbers, and the slopes where there is a place."""
     at, to = np.uintp(at), np.uintp(to)
-    for j in range(np.uintp(size)):
-        number = x[at + j]
-        t = _ONE / (_ONE + _T * abs(number))
-        tail, e = _TAIL[0], exp(-_HALF * number * number)
-        for i in range(1, 9):
-            tail = tail * t + _TAIL[i]
-        tail *= _HALF * t * e
-        g[to + j] *= where(number < np.float32(0), tail, _ONE - tail) + number * (e * _DENSITY)
+    if len(slopes):
+        for j in range(np.uintp(size)):
+            below, e = _normal(x[at + j])
+            out[j] = x[at + j] * below
+            slopes[to + j] = below + x[at + j] * (e * _DENSITY)
+    else:
+        for j in range(np.uintp(size)):
+            below, _ = _normal(x[at + j])
+            out[j] = x[at + j] * below
 
 
 @compiled()
@@ -97,14 +95,14 @@ def _fire(currents, at, count, factors, carried, rest, membranes, kept, spikes, 
 
 
 @compiled()
-def _fire_chunk(x, at, count, gelu, factors, carried, membranes, spikes, out, curved):
-    """Fire in one step for ``count`` currents; membranes and spikes go to the same place, ``out``."""
+def _fire_chunk(x, at, count, gelu, factors, carried, membranes, spikes, out, curved, slopes):
+    """Fire in one step for ``count`` currents; membranes, spikes, slopes of GELU go to the same place, ``out``."""
     if not gelu:
         _fire(x, at, count, factors, carried, 0, membranes, out, spikes, out)
         return
     for i in range(0, count, len(curved)):
         some = min(len(curved), count - i)
-        _gelu(x, at + i, some, curved)
+        _gelu(x, at + i, some, curved, slopes, out + i)
         _fire(curved, 0, some, factors, carried, i, membranes, out + i, spikes, out + i)
 
 
@@ -120,8 +118,8 @@ def _add_rows(source, at, count, n, target, to, total, column):
 
 
 @compiled()
-def _slopes(membranes, arriving, at, count, factors, carried, out, to):
-    """Go back through one step of neurons."""
+def _slopes(membranes, arriving, at, count, factors, carried, of_gelu, out, to):
+    """Go back through one step of neurons, and through GELU if there was one."""
     bound, amplitude, positive, negative, silent = factors
     zero, at, to = np.float32(0), np.uintp(at), np.uintp(to)
     for j in range(np.uintp(count)):
@@ -130,6 +128,9 @@ def _slopes(membranes, arriving, at, count, factors, carried, out, to):
         slope = inside + where(m > bound, positive, where(m < -bound, negative, silent)) * carried[j]
         out[to + j] = slope
         carried[j] = slope
+    if len(of_gelu):
+        for j in range(np.uintp(count)):
+            out[to + j] *= of_gelu[at + j]
 
 
 @compiled()
@@ -148,7 +149,7 @@ def layer_forward(start, stop, n_rows, size, x, x_step, gelu, factors, packed, b
         carried[:] = np.float32(0)
         for t in range(n_steps):
             at = t * x_step + first * size
-            _fire_chunk(x, at, count * size, gelu, factors[t], carried, nothing, spikes, 0, curved)
+            _fire_chunk(x, at, count * size, gelu, factors[t], carried, nothing, spikes, 0, curved, nothing)
             column = 0
             for i in range(len(ys)):
                 n = widths[i]
@@ -184,7 +185,7 @@ def layer_backward(start, stop, share, n_rows, size, x, x_step, gelu, factors, p
     carried, spikes = _aligned(each * size), _aligned(rows * size)
     membranes = _aligned(rows * size if neurons else 0)
     gs, g, zeros = _aligned(rows * size), _aligned(rows * widest), _aligned(COLUMNS)
-    curved = _aligned(PIECE)
+    curved, of_gelu = _aligned(PIECE), _aligned(rows * size if gelu else 0)
     shares, zero = -(-n_rows // share), np.float32(0)
     all_columns = len(gb) // shares
     for unit in range(start, stop):
@@ -195,7 +196,7 @@ def layer_backward(start, stop, share, n_rows, size, x, x_step, gelu, factors, p
                 carried[:] = zero
                 for t in range(n_steps):
                     at, to = t * x_step + first * size, t * each * size
-                    _fire_chunk(x, at, count * size, gelu, factors[t], carried, membranes, spikes, to, curved)
+                    _fire_chunk(x, at, count * size, gelu, factors[t], carried, membranes, spikes, to, curved, of_gelu)
             else:
                 at = np.uintp(first * size)
                 for j in range(np.uintp(count * size)):
@@ -235,6 +236,4 @@ def layer_backward(start, stop, share, n_rows, size, x, x_step, gelu, factors, p
                 carried[:] = zero
                 for t in range(n_steps - 1, -1, -1):
                     at, to = t * each * size, (t * n_rows + first) * size
-                    _slopes(membranes, gs, at, count * size, factors[t], carried, gx, to)
-                    if gelu:
-                        _gelu_backward(x, t * x_step + first * size, count * size, gx, to)
+                    _slopes(membranes, gs, at, count * size, factors[t], carried, of_gelu, gx, to)

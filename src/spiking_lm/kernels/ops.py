@@ -236,11 +236,22 @@ def elastic_scan(
     return spikes, carried
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    keep: Tensor | None = None,
+    amplitudes: Tensor | None = None,
+    *,
+    bits: Literal[1, 2] = 2,
+) -> Tensor:
     """Mix values by attention in each of T steps: ``q (T, B, heads, S, d)``, ``k, v (T, B, heads, L, d)`` -> like q.
 
     Per step and head, ``y = (softmax(q k^T / sqrt(d) + mask) keep) v``. ``mask (B or 1, 1, S or 1, L)`` holds 0 and
     numbers far below it, ``keep (B, heads, S, L)`` what dropout multiplies with; both are the same in all steps.
+    With ``amplitudes (2, T)``, of keys and of values, k and v are currents of elastic neurons that forget each step:
+    what is used are their spikes, those of ``elastic_scan(beta=0)``; the amplitudes are set and not learned.
     Gradients reach q, k and v. Any strides will do, and heads that are columns of a wide matrix are best read in place;
     the result lies in memory as ``(T, B, S, heads, d)``, ready for the next matrix.
     """
@@ -258,7 +269,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, keep:
         raise UsageError(f"attention: mask has shape {tuple(mask.shape)}, which is none of {masks}")
     if keep is not None and keep.shape != shape:
         raise UsageError(f"attention: keep has shape {tuple(keep.shape)}, not {shape}")
-    y: Tensor = call("attention", q, k, v, mask, keep)
+    if amplitudes is not None and (amplitudes.shape != (2, n_steps) or amplitudes.requires_grad or bits not in (1, 2)):
+        raise UsageError(
+            f"attention: amplitudes {tuple(amplitudes.shape)} with bits={bits!r} must be (2, {n_steps}) and not "
+            "learned, with bits=1 or bits=2",
+            hint="neurons whose amplitudes are learned fire by elastic_scan",
+        )
+    y: Tensor = call("attention", q, k, v, mask, keep, amplitudes, bits=bits)
     return y
 
 

@@ -309,8 +309,20 @@ def elastic_scan(
     return _stack(spikes, 0, x).to(x.dtype), r if final else None
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    keep: Tensor | None = None,
+    amplitudes: Tensor | None = None,
+    *,
+    bits: int = 2,
+) -> Tensor:
     """Mix values by attention; see :func:`spiking_lm.kernels.attention`."""
+    if amplitudes is not None:
+        options: dict[str, Any] = {"beta": 0.0, "bits": bits, "reset": "asymmetric", "final": False}
+        k, v = (elastic_scan(x, a, **options)[0] for x, a in zip((k, v), amplitudes, strict=True))
     scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
     weights = (scores if mask is None else scores + mask).softmax(-1)
     y: Tensor = (weights if keep is None else weights * keep) @ v

@@ -6,18 +6,20 @@ product needs no copy for one head, and would for all. Only the weights behind t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from spiking_lm.kernels import ops
 
 LEAST = 8192
 """Attention weights of one head and step from which the products outweigh the preparations."""
 
 
 def supports_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, keep: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, keep: Tensor | None = None, *_: Any, **__: Any
 ) -> bool | str:
     """Say whether :func:`attention` takes these inputs, or why not."""
     if q.device.type != "cpu":
@@ -31,8 +33,21 @@ def supports_attention(
     return True
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    keep: Tensor | None = None,
+    amplitudes: Tensor | None = None,
+    *,
+    bits: Literal[1, 2] = 2,
+) -> Tensor:
     """Mix values by attention; see :func:`spiking_lm.kernels.attention`."""
+    if amplitudes is not None:
+        k, v = (
+            ops.elastic_scan(x, a, beta=0.0, bits=bits, final=False)[0] for x, a in zip((k, v), amplitudes, strict=True)
+        )
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         y: Tensor = _Attention.apply(q, k, v, mask, keep)
         return y
