@@ -168,6 +168,7 @@ class WKV(Cell):
         "fraction": (TABLE_BITS, 20),
         "weight_bits": (0, UNIT),
         "most": (1, STATE_LIMIT - 1),
+        "finer": (0, 8),
     }
     k_mantissa: Int = _of(1)
     k_shift: Int = _of(0)
@@ -177,6 +178,7 @@ class WKV(Cell):
     first: Int = _of(0)
     weight_bits: Int = _of(0)
     most: Int = _of(1)
+    finer: Int = _of(0)
     fraction: int = TABLE_BITS
 
     def initial(self) -> State:
@@ -213,7 +215,9 @@ class WKV(Cell):
         self.within("the sum of weights", den, STATE_LIMIT, "a 24-bit state", "fewer weight_bits")
         self.within("the weighted sum of values", num, STATE_LIMIT, "a 24-bit state", "values of fewer bits")
         states = {"num": Range(-num.high, num.high), "den": den, "top": Range(np.full_like(keys.low, NEVER), keys.high)}
-        return Bounds((Range(-self.most, self.most),), states)
+        mean = Range(-self.most << self.finer, self.most << self.finer)
+        self.within("the mean", mean, STATE_LIMIT, "a 24-bit message", "fewer bits in 'finer'")
+        return Bounds((mean,), states)
 
 
 # -- pointwise ---------------------------------------------------------------------------------------------------------
@@ -221,12 +225,13 @@ class WKV(Cell):
 
 @dataclass(frozen=True, eq=False)
 class Pointwise(Cell):
-    """What sends a result times ``mantissa / 2^shift`` plus ``bias``, and at most ``most``."""
+    """What sends a result times ``mantissa / 2^shift`` plus ``bias``, within ``least .. most``."""
 
-    limits: ClassVar[Limits] = {"mantissa": MANTISSA, "shift": SHIFT, "bias": HELD, "most": HELD}
+    limits: ClassVar[Limits] = {"mantissa": MANTISSA, "shift": SHIFT, "bias": HELD, "least": HELD, "most": HELD}
     mantissa: Int = _of(1)
     shift: Int = _of(0)
     bias: Int = _of(0)
+    least: Int = _of(1 - STATE_LIMIT)
     most: Int = _of(STATE_LIMIT - 1)
 
     def sent(self, what: str, result: Range, further: Range | None = None) -> Range:
@@ -234,7 +239,7 @@ class Pointwise(Cell):
         found = rescaled(self, what, result, self.mantissa, self.shift, self.bias)
         if further is not None:
             found = self.within(what, found + further, STATE_LIMIT, "a 24-bit state", "a coarser format")
-        return Range(np.minimum(found.low, self.most), np.minimum(found.high, self.most)).or_zero()
+        return Range(np.clip(found.low, self.least, self.most), np.clip(found.high, self.least, self.most)).or_zero()
 
 
 @dataclass(frozen=True, eq=False)

@@ -53,18 +53,23 @@ from spiking_lm_lava.lower import node_name
 from spiking_lm_lava.pipeline import TokenGraph
 from spiking_lm_lava.process import Process, Sink, Source, Synapse
 from spiking_lm_lava.program import LOGITS, LavaProgram, LoweredOp, Parts
-from spiking_lm_lava.quantise import LIMIT, Array, Int8, Seen, Weights, observe, quantise_rows
+from spiking_lm_lava.quantise import Array, Int8, Seen, Weights, observe, quantise_rows
 from spiking_lm_lava.values import Range
 from spiking_lm_lava.worker.cells.fixed import GATE, UNIT, multiplier
+from spiking_lm_lava.worker.cells.spiking import ALIGN
 
-NORMAL = 12
-"""Fraction bits, at most, of a layer norm's result, a message of 17 bits for 128 channels."""
+NORMAL = 15
+"""Fraction bits, at most, of a layer norm's result, a message of 20 bits for 128 channels."""
 CURRENT = 12
 """Fraction bits, at most, of a neuron's current."""
 STREAM = 14
 """Fraction bits, at most, of the residual stream."""
 EXPONENT = 16
 """Fraction bits, at most, of keys to base 2."""
+ROW_LIMIT = 2**15 - 1
+"""Rows of the embedding are no synapses: the host sends them, as messages of 16 bits."""
+FINER = 8
+"""Further fraction bits, at most, of the mean: of sums of so many values it is known as well."""
 MESSAGE = 10
 """Fraction bits, at most, of real values that a matrix reads."""
 
@@ -131,7 +136,7 @@ class _Lowering(Builder):
         self.codes: dict[str, tuple[Int8, Array]] = {}
         self.ops: list[LoweredOp] = []
         self.stream = self._stream_format()
-        self.table: dict[str, Int8] | None = None
+        self.table: dict[str, NDArray[Any]] | None = None
 
     def run(self) -> Parts:
         """Lower op after op."""
@@ -165,9 +170,9 @@ class _Lowering(Builder):
             made.discard(node_name(source.name))
         if isinstance(value, Table):
             first = op.kind == "embedding"
-            nodes, form = (("emb",), "int8 rows, graded") if first else ((), "in the rows of the embedding")
+            nodes, form = (("emb",), "int16 rows, graded") if first else ((), "in the rows of the embedding")
             count = value.rows.size if first else 0
-            self.ops.append(LoweredOp(op.name, op.kind, "host", nodes, form, count, count))
+            self.ops.append(LoweredOp(op.name, op.kind, "host", nodes, form, count, 2 * count))
         elif op.kind == "linear":
             self._lowered(
                 op, made, f"int8 dense, fed by {FED_BY[min(self._spikes(op), 2)]}", self.codes[op.name][0].size
@@ -205,10 +210,10 @@ class _Lowering(Builder):
         if self.table is not None:
             raise LoweringError("two embeddings: a token has one row")
         greatest = np.abs(table.rows).max(0)
-        scale = np.where(greatest > 0, greatest / LIMIT, 1.0)
-        codes = np.rint(table.rows / scale).astype(np.int8)
+        scale = np.where(greatest > 0, greatest / ROW_LIMIT, 1.0)
+        codes = np.rint(table.rows / scale).astype(np.int16)
         size = len(scale)
-        self.add(Source("emb", size, -LIMIT, LIMIT))
+        self.add(Source("emb", size, -ROW_LIMIT, ROW_LIMIT))
         mantissa, shift = multiplier(scale * 2.0**self.stream)
         self.add(Affine("stream", size, mantissa=mantissa, shift=shift), a_in="emb")
         self.table = {"emb": codes}
@@ -391,8 +396,8 @@ class _Lowering(Builder):
             return True
 
         name = node_name(op.inputs[0]) if isinstance(found, Op) else f"{node_name(op.name)} in"
-        ceiling = partial(_surely, op) if isinstance(kind, LIFDynamics) else None
-        port, bits = self.made(op.inputs[0], name, gain, offset, range(CURRENT, -1, -1), fits, ceiling)
+        held = partial(_held, op) if isinstance(kind, LIFDynamics) else None
+        port, bits = self.made(op.inputs[0], name, gain, offset, range(CURRENT, -1, -1), fits, held)
         cell = self.add(_neurons(op, bits), a_in=port)
         return Value(cell.name, most=cell.levels if isinstance(cell, GIF) else 1)
 
@@ -412,19 +417,18 @@ class _Lowering(Builder):
         offset: Array | float,
         formats: Sequence[int],
         fits: Callable[[Process, dict[str, str], int], bool],
-        ceiling: Callable[[int, NDArray[np.int64]], NDArray[np.int64]] | None = None,
+        held: Callable[[int, NDArray[np.int64]], dict[str, Any]] | None = None,
     ) -> tuple[str, int]:
         """Add the cell ``name`` that sends ``gain`` times what an op gives, plus ``offset``; return it and its format.
 
-        ``fits`` of the cell decides among ``formats``; ``ceiling`` of a format and the least values is the most that is
-        sent.
+        ``fits`` of the cell decides among ``formats``; ``held`` says of a format and the least values what is cut off.
         """
         refused: LoweringError | ValueError | None = None
         for bits in formats:
             try:
                 node, arriving = self._pointwise(source, name, gain * 2.0**bits, offset * 2.0**bits)
-                if ceiling is not None and isinstance(node, Pointwise):
-                    node = replace(node, most=ceiling(bits, self.bounds(node, arriving)[0].low))
+                if held is not None and isinstance(node, Pointwise):
+                    node = replace(node, **held(bits, self.bounds(node, arriving)[0].low))
                 if fits(node, arriving, bits):
                     self.add(node, **arriving)
                     return node.name, bits
@@ -496,12 +500,15 @@ class _Lowering(Builder):
             room = (STATE_LIMIT - 1) / (cell.weights(self.ranges[k.port]) + 1)
             of_weights = np.clip(np.floor(np.log2(room)), 0, UNIT).astype(np.int64)
             fraction = np.minimum(np.floor(np.log2(room / (greatest + 1e-3))), UNIT - 1)
-            found["bits"] = fraction
+            most = np.maximum(np.floor(greatest * 2.0**fraction), 1).astype(np.int64)
+            finer = np.clip(np.floor(np.log2((STATE_LIMIT - 1) / most)), 0, FINER).astype(np.int64)
+            found["bits"] = fraction + finer
             return replace(
                 cell,
                 **_constants("v_", v.scale * 2.0**fraction, op.size),
                 weight_bits=of_weights,
-                most=np.maximum(np.floor(greatest * 2.0**fraction), 1).astype(np.int64),
+                most=most,
+                finer=finer,
             )
 
         found: dict[str, Array] = {}
@@ -549,13 +556,17 @@ def _neurons(op: Op, bits: int) -> HoldingLIF | GIF:
     )
 
 
-def _surely(op: Op, bits: int, low: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return a current from which neurons fire whatever they hold, of currents that are ``low`` or more."""
+def _held(op: Op, bits: int, low: NDArray[np.int64]) -> dict[str, Any]:
+    """Return the ends of currents that are ``low`` or more: from where neurons fire whatever they hold, and what fits.
+
+    The upper one changes nothing. The lower one is 16 thresholds below 0 for a beta of 1/2, where a membrane would end.
+    """
     cell = _neurons(op, bits)
     assert isinstance(cell, HoldingLIF)
+    least = np.maximum(low, -((STATE_LIMIT - 1) * cell.dv // (DECAY_UNITY << ALIGN)))
     left = (DECAY_UNITY - cell.dv) / max(cell.dv, 1)
-    found: NDArray[np.int64] = np.ceil(cell.vth + 1 + left * np.maximum(-low, 0)).astype(np.int64)
-    return found
+    most = np.ceil(cell.vth + 1 + left * np.maximum(-least, 0)).astype(np.int64)
+    return {"least": least, "most": most}
 
 
 def _numbers(cell: Cell) -> list[Any]:

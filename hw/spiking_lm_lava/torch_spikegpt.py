@@ -129,6 +129,8 @@ def _wkv(node: WKV) -> Step:
     of_k = tuple(map(tensor, (node.k_mantissa, node.k_shift)))
     of_v = tuple(map(tensor, (node.v_mantissa, node.v_shift)))
     decay, first, bits, most = map(tensor, (node.decay, node.first, node.weight_bits, node.most))
+    finer = tensor(node.finer)
+    reach = most * torch.exp2(finer)
 
     def join(num: Tensor, den: Tensor, top: Tensor, v: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         highest = torch.maximum(top, k)
@@ -142,17 +144,19 @@ def _wkv(node: WKV) -> Step:
         above, below, _ = join(num, den, top, v, k + first)
         length, m = _leading(below.clamp(min=1))
         guess = _INVERSE[torch.floor(m / 512).long() - 64]
-        inverse = halved(guess * (2**16 - halved(m * guess, 16)), 15)
-        mean = _scaled(above * inverse, (15 + length - bits).clamp(min=0))
+        for _ in range(2):
+            guess = halved(guess * (2**16 - halved(m * guess, 16)), 15)
+        mean = _scaled(above * guess, (15 + length - bits - finer).clamp(min=0))
         state["num"], state["den"], state["top"] = join(num, den, top - decay, v, k)
-        return (mean.clamp(-most, most),)
+        return (mean.clamp(-reach, reach),)
 
     return step
 
 
 def _sending(node: Pointwise) -> Any:
-    mantissa, shift, bias, most = map(tensor, (node.mantissa, node.shift, node.bias, node.most))
-    return lambda x, further=0: torch.minimum(times(x, mantissa, shift) + bias + further, most)
+    mantissa, shift, bias = map(tensor, (node.mantissa, node.shift, node.bias))
+    least, most = tensor(node.least), tensor(node.most)
+    return lambda x, further=0: (times(x, mantissa, shift) + bias + further).clamp(least, most)
 
 
 @arithmetic(TokenShift)

@@ -18,7 +18,8 @@ def step(p: Any, state: dict[str, Any], k: Any, v: Any) -> tuple[Any, ...]:
 
     Keys are taken to base 2 with ``fraction`` bits (``k_mantissa``, ``k_shift``), so are ``first``, added to the key of
     this token, and ``decay``, by which older ones fall at each token. Values, and the mean, have the format that
-    ``v_mantissa`` and ``v_shift`` give them, and stay within ``most``; weights have ``weight_bits`` fraction bits. With
+    ``v_mantissa`` and ``v_shift`` give them, and stay within ``most``; the mean
+    goes out with ``finer`` further bits. Weights have ``weight_bits`` fraction bits. With
     the greatest exponent so far taken out, ``top``, the state is ``num``, the weighted sum of values, and ``den``, that
     of weights.
     """
@@ -28,9 +29,9 @@ def step(p: Any, state: dict[str, Any], k: Any, v: Any) -> tuple[Any, ...]:
     now = k + p.first
     num_now, den_now, _ = _joined(num, den, top, v, now, p)
     mantissa, shift = reciprocal(np.maximum(den_now, 1))
-    mean = rounded_shift(num_now * mantissa, np.maximum(UNIT + shift - p.weight_bits, 0))
+    mean = rounded_shift(num_now * mantissa, np.maximum(UNIT + shift - p.weight_bits - p.finer, 0))
     state["num"], state["den"], state["top"] = _joined(num, den, top - p.decay, v, k, p)
-    return (np.clip(mean, -p.most, p.most),)
+    return (np.clip(mean, -p.most << p.finer, p.most << p.finer),)
 
 
 def _joined(num: Any, den: Any, top: Any, v: Any, k: Any, p: Any) -> tuple[Any, Any, Any]:
