@@ -92,7 +92,7 @@ def neuron(repeats: int, *, batch_size: int = 32, tokens: int = 64, size: int = 
     try:
         from snntorch import Leaky, SpikingNeuron
     except ImportError:
-        return Row("spikelm/neuron", what, None, target=3.0, note=str(MissingExtraError("snntorch", "spikegpt")))
+        return Row("spikelm/neuron", what, None, target=2.0, note=str(MissingExtraError("snntorch", "spikegpt")))
     leaky = Leaky(beta=0.25, threshold=0.5)
     SpikingNeuron.instances[:] = [other for other in SpikingNeuron.instances if other is not leaky]
     x = torch.randn(STEPS, batch_size * tokens, size).requires_grad_()
@@ -112,7 +112,7 @@ def neuron(repeats: int, *, batch_size: int = 32, tokens: int = 64, size: int = 
     times = interleaved({"elastic": ours, "snnTorch": theirs}, repeats)
     ms = times.ms()
     note = f"{batch_size * tokens} x {size} neurons"
-    return Row("spikelm/neuron", what, ms["snnTorch"] / ms["elastic"], target=3.0, note=note, details=times.to_dict())
+    return Row("spikelm/neuron", what, ms["snnTorch"] / ms["elastic"], target=2.0, note=note, details=times.to_dict())
 
 
 def train(repeats: int, *, batch_size: int = 32, tokens: int = 64) -> Row:
