@@ -196,7 +196,7 @@ class _Chain:
     def _matrix(self, op: Op) -> None:
         given = self.given[op.inputs[0]]
         if isinstance(given, _Sums):
-            given = self._message(self.graph[op.inputs[0]], given)
+            given = self.given[op.inputs[0]] = self._message(self.graph[op.inputs[0]], given)
         self.given[op.name] = self._synapse(op, given)
 
     def _synapse(self, op: Op, given: _Messages) -> _Sums:
