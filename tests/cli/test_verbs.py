@@ -302,6 +302,32 @@ def test_a_conversation_is_one_text() -> None:
     assert talk.unread == []
 
 
+def test_a_conversation_ends_where_the_positions_of_the_model_end(capsys: pytest.CaptureFixture[str]) -> None:
+    import spiking_lm
+    from spiking_lm.cli.chat import Conversation
+    from spiking_lm.data import create_tokenizer
+
+    sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_hidden": 16, "ctx_len": 12}
+    model = spiking_lm.create_model("spikelm", causal=True, neuron=None, vocab_size=256, **sizes)
+    talk = Conversation(model, create_tokenizer({"type": "byte"}), max_tokens=5, seed=0, temperature=1.0)
+    shown: list[str] = []
+    talk.turn("ab", shown.append)
+    assert (talk.read, len(talk.unread), talk.full) == (6, 1, False)
+    talk.turn("much too long", shown.append)
+    assert "6 positions that are left" in capsys.readouterr().err
+    assert talk.read == 6
+    talk.turn("", shown.append)
+    assert (talk.read, talk.full) == (11, False)
+    talk.turn("", shown.append)
+    assert (talk.read, talk.full) == (12, True)
+    before = list(shown)
+    talk.turn("", shown.append)
+    assert shown == before
+    talk.reset()
+    talk.turn("abcdefghijkl", shown.append)
+    assert (talk.read, talk.full) == (12, True)
+
+
 def _tensors(state: object) -> list:  # type: ignore[type-arg]
     import torch
 

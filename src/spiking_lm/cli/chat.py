@@ -49,6 +49,9 @@ def command(
             talk.turn(line, write)
         except KeyboardInterrupt:
             typer.echo(" (stopped)", nl=False, err=True)
+        if talk.full:
+            taken = f" (all {talk.positions:,} positions that the model knows are taken: /reset)"
+            typer.echo(taken, nl=False, err=True)
         write("\n")
 
 
@@ -65,8 +68,11 @@ class Conversation:
     """A text that user and model write in turns; only the model's state of constant size is kept."""
 
     def __init__(self, model: Any, tokenizer: Any, *, max_tokens: int, seed: int, **sampling: Any) -> None:
+        from spiking_lm.interfaces import longest_text
+
         self.model, self.tokenizer, self.max_tokens, self.sampling = model, tokenizer, max_tokens, sampling
         self.seed = seed
+        self.positions = longest_text(model) or sys.maxsize
         self.reset()
 
     def reset(self) -> None:
@@ -75,9 +81,18 @@ class Conversation:
         self.unread: list[int] = []
         self.at_line_start = True
         self.turns = 0
+        self.read = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether the model has no position left for another turn."""
+        return self.read + len(self.unread) > self.positions
 
     def turn(self, line: str, show: Any) -> None:
-        """Go on from ``line``; ``show`` receives the text as it comes. An interrupted turn keeps what was shown."""
+        """Go on from ``line``; ``show`` receives the text as it comes. An interrupted turn keeps what was shown.
+
+        Where the model's positions end, so does the turn; a line for which there is no room is not read at all.
+        """
         import torch
 
         from spiking_lm.data import stream_decoder
@@ -87,14 +102,20 @@ class Conversation:
         unread = self.unread + [int(token) for token in self.tokenizer.encode(text)]
         if not unread:
             unread = [int(token) for token in self.tokenizer.encode("\n")]
+        room = self.positions - self.read
+        if len(unread) > room:
+            if not self.full:
+                typer.echo(f"({len(unread)} tokens for the {room} positions that are left: /reset)", nl=False, err=True)
+            return
         decoder = stream_decoder(self.tokenizer, unread)
         prompt = torch.tensor([unread], device=next(self.model.parameters()).device)
         tokens = iterate(self.model, prompt, state=self.state, seed=self.seed + self.turns, **self.sampling)
         self.turns += 1
-        for _ in range(self.max_tokens):
+        for _ in range(min(self.max_tokens, room + 1 - len(unread))):  # the last one is not read in this turn
             # The state is the one before this token, so the token is the first that the next turn has to feed.
             token, self.state = next(tokens)
-            self.unread = [int(token)]
+            self.read, unread = self.read + len(unread), [int(token)]
+            self.unread = unread
             piece = decoder.feed(self.unread)
             self.at_line_start = piece.endswith("\n") if piece else self.at_line_start
             show(piece)
