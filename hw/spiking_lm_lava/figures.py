@@ -145,7 +145,7 @@ def _counted(counts: Counts, tokens: int) -> list[Figure]:
     per_message = (counts.hops_x + counts.hops_y) / max(counts.messages, 1)
     rows: tuple[tuple[str, int, str, str], ...] = (
         ("synaptic operations per token", counts.synaptic_operations, "operations", "a message and a stored synapse"),
-        ("neuron updates per token", updates, "updates", f"{active:.2g} % of them received or sent something"),
+        ("neuron updates per token", updates, "updates", f"{active:.3g} % of them received or sent something"),
         (
             "messages per token",
             counts.messages,
