@@ -16,6 +16,7 @@ from spiking_lm.errors import LoweringError
 from spiking_lm.graph import LMGraph, Op
 from spiking_lm.hardware import Program
 from spiking_lm.interfaces import EGRUDynamics, SpikingLanguageModel
+from spiking_lm.op_parameters import OpParameters
 from spiking_lm_lava.cell import EGRU, Affine
 from spiking_lm_lava.config import LavaConfig
 from spiking_lm_lava.pipeline import TokenGraph, Wire
@@ -26,7 +27,6 @@ from spiking_lm_lava.quantise import (
     Array,
     Int8,
     Seen,
-    Weights,
     most_of_messages,
     observe,
     quantise_rows,
@@ -152,7 +152,7 @@ class _Chain:
         self, model: SpikingLanguageModel, graph: LMGraph, seen: dict[str, Seen], text: NDArray[Any] | None
     ) -> None:
         self.graph, self.seen, self.text = graph, seen, text
-        self.weights = Weights(model, graph)
+        self.weights = OpParameters(model, np.float64)
         self.codes: dict[str, tuple[Int8, Array]] = {
             op.name: quantise_rows(self.weights.of(op, "weight"), seen.get(op.name))
             for op in graph

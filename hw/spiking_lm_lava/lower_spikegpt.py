@@ -31,6 +31,7 @@ from spiking_lm.interfaces import (
     TokenShiftDynamics,
     WKVDynamics,
 )
+from spiking_lm.op_parameters import OpParameters
 from spiking_lm_lava.arithmetic import DECAY_UNITY, STATE_LIMIT, WORD_LIMIT
 from spiking_lm_lava.builder import Builder
 from spiking_lm_lava.cell import Affine, Cell
@@ -53,7 +54,7 @@ from spiking_lm_lava.lower import node_name
 from spiking_lm_lava.pipeline import TokenGraph
 from spiking_lm_lava.process import Process, Sink, Source, Synapse
 from spiking_lm_lava.program import LOGITS, LavaProgram, LoweredOp, Parts
-from spiking_lm_lava.quantise import Array, Int8, Seen, Weights, observe, quantise_rows
+from spiking_lm_lava.quantise import Array, Int8, Seen, observe, quantise_rows
 from spiking_lm_lava.values import Range
 from spiking_lm_lava.worker.cells.fixed import GATE, UNIT, multiplier
 from spiking_lm_lava.worker.cells.spiking import ALIGN
@@ -102,7 +103,9 @@ def lower_spikegpt(model: SpikingLanguageModel, config: LavaConfig, text: NDArra
     graph = model.graph()
     check_spikegpt(graph, config)
     seen = {} if text is None or not len(text) else observe(model, text)
-    return LavaProgram(_Lowering(Weights(model, graph), seen).run(), config, model=model.config.model_type)
+    return LavaProgram(
+        _Lowering(OpParameters(model, np.float64), graph, seen).run(), config, model=model.config.model_type
+    )
 
 
 def check_spikegpt(graph: LMGraph, config: LavaConfig) -> None:
@@ -129,9 +132,9 @@ def check_spikegpt(graph: LMGraph, config: LavaConfig) -> None:
 
 
 class _Lowering(Builder):
-    def __init__(self, weights: Weights, seen: dict[str, Seen]) -> None:
+    def __init__(self, weights: OpParameters, graph: LMGraph, seen: dict[str, Seen]) -> None:
         super().__init__()
-        self.weights, self.graph, self.seen = weights, weights.graph, seen
+        self.weights, self.graph, self.seen = weights, graph, seen
         self.values: dict[str, Value | Table | Op] = {}
         self.codes: dict[str, tuple[Int8, Array]] = {}
         self.ops: list[LoweredOp] = []
@@ -255,7 +258,8 @@ class _Lowering(Builder):
         assert isinstance(op.dynamics, LayerNormDynamics)
         rows = rows - rows.mean(1, keepdims=True)
         rows = rows / np.sqrt((rows**2).mean(1, keepdims=True) + op.dynamics.eps)
-        return rows * self.weights.of(op, "weight") + self.weights.of(op, "bias")
+        found: Array = rows * self.weights.of(op, "weight") + self.weights.of(op, "bias")
+        return found
 
     def embedding(self, op: Op) -> Table:
         """Take the table."""

@@ -16,9 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from spiking_lm.errors import LoweringError
 from spiking_lm.generation import evaluating
-from spiking_lm.graph import LMGraph, Op
 from spiking_lm.interfaces import SpikingLanguageModel
 from spiking_lm_lava.arithmetic import STATE_LIMIT
 
@@ -120,28 +118,3 @@ def most_of_messages(readers: Iterable[Int8]) -> int:
     """Return the greatest magnitude that messages may have so that no row of any reader's sums leaves 24 bits."""
     norm = max((int(np.abs(codes.astype(np.int64)).sum(1).max(initial=0)) for codes in readers), default=0)
     return int((STATE_LIMIT - 1) // max(norm, 1))
-
-
-class Weights:
-    """The parameters of a model's ops as float64 arrays, matrices (out, in)."""
-
-    def __init__(self, model: SpikingLanguageModel, graph: LMGraph) -> None:
-        self.state, self.graph = model.state_dict(), graph
-
-    def of(self, op: Op, role: str) -> Array:
-        """Return the parameter of ``op`` in a role. Raises: LoweringError when there is none, or it is not finite."""
-        found = self.find(op, role)
-        if found is None:
-            raise LoweringError(f"op {op.name!r} ({op.kind}): the model's state dict has no {role} for it")
-        return found
-
-    def find(self, op: Op, role: str) -> Array | None:
-        """Return the parameter of ``op`` in a role, or None. Raises: LoweringError when it is not finite."""
-        turned = f"{role}_t" in op.parameters
-        name = op.parameters.get(f"{role}_t" if turned else role, f"{op.module}.{role}")
-        if name not in self.state:
-            return None
-        array: Array = self.state[name].detach().double().cpu().numpy()
-        if not np.isfinite(array).all():
-            raise LoweringError(f"op {op.name!r} ({op.kind}): its {role} {name!r} holds values that are not finite")
-        return np.ascontiguousarray(array.T) if turned else array

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
-from torch import Tensor
 
 from spiking_lm.graph import LMGraph, Op
 from spiking_lm.hardware import LoweringError, Program
@@ -13,11 +10,12 @@ from spiking_lm.host import check as check_host
 from spiking_lm.host import host_model
 from spiking_lm.integers import SpikeProduct
 from spiking_lm.interfaces import EGRUDynamics, LIFDynamics, SpikingLanguageModel
+from spiking_lm.op_parameters import OpParameters
 from spiking_lm_spinnaker2.config import SpiNNaker2Config
 from spiking_lm_spinnaker2.integer_program import IntegerProgram, place_products
 from spiking_lm_spinnaker2.mapping import index_bytes, product_demand
 from spiking_lm_spinnaker2.program import SpiNNaker2Program
-from spiking_lm_spinnaker2.weights import U0_8, Array, EGRULayer, Linear, Table
+from spiking_lm_spinnaker2.weights import U0_8, EGRULayer, Linear, Table
 
 PLACEABLE = (
     "an embedding, layers of event-based gated units, an optional projection and an output head, one after another"
@@ -45,7 +43,7 @@ def lower(model: SpikingLanguageModel, config: SpiNNaker2Config) -> Program:
         check(graph, config)
         return IntegerProgram.of(host_model(model), config, model=model.config.model_type)
     table, egru, head = _recognise(graph)
-    weights = _Weights(model.state_dict())
+    weights = OpParameters(model, np.float32)
     embedding = Table.build(table.name, weights.of(table, "weight"), int8=config.numerics == "int8")
     layers: list[EGRULayer] = []
     for op in egru:
@@ -141,32 +139,7 @@ def _expect(op: Op, inputs: tuple[str, ...], recurrent: tuple[str, ...]) -> None
         )
 
 
-class _Weights:
-    """The parameters of ops, as float32 arrays with matrices (out, in)."""
-
-    def __init__(self, state: Mapping[str, Tensor]) -> None:
-        self.state = state
-
-    def of(self, op: Op, role: str) -> Array:
-        """Return the parameter of ``op`` in a role. Raises LoweringError when there is none."""
-        found = self.find(op, role)
-        if found is None:
-            raise LoweringError(f"op {op.name!r} ({op.kind}): the model's state dict has no {role} for it")
-        return found
-
-    def find(self, op: Op, role: str) -> Array | None:
-        """Return the parameter of ``op`` in a role, or None. Raises LoweringError when it is not finite."""
-        turned = f"{role}_t" in op.parameters
-        name = op.parameters.get(f"{role}_t" if turned else role, f"{op.module}.{role}")
-        if name not in self.state:
-            return None
-        array: Array = self.state[name].detach().float().cpu().numpy()
-        if not np.isfinite(array).all():
-            raise LoweringError(f"op {op.name!r} ({op.kind}): its {role} {name!r} holds values that are not finite")
-        return np.ascontiguousarray(array.T) if turned else array
-
-
-def _layer(op: Op, graph: LMGraph, weights: _Weights, config: SpiNNaker2Config, input_scale: float) -> EGRULayer:
+def _layer(op: Op, graph: LMGraph, weights: OpParameters, config: SpiNNaker2Config, input_scale: float) -> EGRULayer:
     assert isinstance(op.dynamics, EGRUDynamics)
     x, recurrent = (graph[name] for name in op.inputs)
     layer = EGRULayer.build(
