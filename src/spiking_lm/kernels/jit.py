@@ -310,59 +310,80 @@ def _piece(position, stop, width):
 
 
 @compiled()
+def _lif_step(x, at, count, state, place, numbers, soft, spikes, kept):
+    """One step of ``count`` neurons; the membranes before reset are kept unless there is no place."""
+    beta, gain, drift, bound, threshold, reset = numbers
+    zero, one, at, place = x.dtype.type(0), x.dtype.type(1), np.uintp(at), np.uintp(place)
+    if len(kept):
+        for j in range(np.uintp(count)):
+            h = fma(beta, state[place + j], gain * x[at + j] + drift)
+            fires = h >= bound
+            spikes[at + j] = where(fires, one, zero) + zero * h
+            state[place + j] = where(fires, where(soft, h - threshold, reset), h)
+            kept[at + j] = h
+    else:
+        for j in range(np.uintp(count)):
+            h = fma(beta, state[place + j], gain * x[at + j] + drift)
+            fires = h >= bound
+            spikes[at + j] = where(fires, one, zero) + zero * h
+            state[place + j] = where(fires, where(soft, h - threshold, reset), h)
+
+
+@compiled()
 def lif_forward(start, stop, width, n_steps, x, step, row, v, numbers, soft, spikes, kept, membranes):
     """Elements are ``row x width``; ``numbers``: beta, gain, drift, bound, threshold, reset. ``v`` ends as it is last.
 
     Empty ``kept`` and ``membranes``: not wanted. All but v have the layout of x.
     """
-    beta, gain, drift, bound, threshold, reset = numbers
-    zero, one = x.dtype.type(0), x.dtype.type(1)
-    h = np.zeros(BLOCK, x.dtype)
     position = start
     while position < stop:
         r, column, count = _piece(position, stop, width)
-        state = v[position : position + count]
         for t in range(n_steps):
             at = t * step + r * row + column
-            currents, out = x[at : at + count], spikes[at : at + count]
-            for j in range(count):
-                h[j] = fma(beta, state[j], gain * currents[j] + drift)
-            for j in range(count):
-                out[j] = where(h[j] >= bound, one, zero) + zero * h[j]
-            if soft:
-                for j in range(count):
-                    state[j] = where(h[j] >= bound, h[j] - threshold, h[j])
-            else:
-                for j in range(count):
-                    state[j] = where(h[j] >= bound, reset, h[j])
-            if len(kept):
-                kept[at : at + count] = h[:count]
+            _lif_step(x, at, count, v, position, numbers, soft, spikes, kept)
             if len(membranes):
-                membranes[at : at + count] = state
+                membranes[at : at + count] = v[position : position + count]
         position += count
 
 
 @compiled()
-def _slopes(h, threshold, surrogate, alpha, out):
-    """Write the surrogate derivatives at membranes ``h``: 0 atan, 1 fast_sigmoid, 2 sigmoid, 3 triangle."""
-    one, zero = h.dtype.type(1), h.dtype.type(0)
+def _slopes(h, at, count, threshold, surrogate, alpha, out):
+    """Write the surrogate derivatives at ``count`` membranes: 0 atan, 1 fast_sigmoid, 2 sigmoid, 3 triangle."""
+    one, zero, at, count = h.dtype.type(1), h.dtype.type(0), np.uintp(at), np.uintp(count)
     half, scale = alpha * h.dtype.type(0.5), alpha * h.dtype.type(np.pi / 2)
     if surrogate == 0:
-        for j in range(len(h)):
-            z = scale * (h[j] - threshold)
+        for j in range(count):
+            z = scale * (h[at + j] - threshold)
             out[j] = half / (one + z * z)
     elif surrogate == 1:
-        for j in range(len(h)):
-            z = one + alpha * abs(h[j] - threshold)
+        for j in range(count):
+            z = one + alpha * abs(h[at + j] - threshold)
             out[j] = one / (z * z)
     elif surrogate == 2:
-        for j in range(len(h)):
-            e = exp(-alpha * abs(h[j] - threshold))
+        for j in range(count):
+            e = exp(-alpha * abs(h[at + j] - threshold))
             out[j] = alpha * e / ((one + e) * (one + e))
     else:
-        for j in range(len(h)):
-            z = one - alpha * abs(h[j] - threshold)
+        for j in range(count):
+            z = one - alpha * abs(h[at + j] - threshold)
             out[j] = alpha * where(z < zero, zero, z)
+
+
+@compiled()
+def _lif_step_back(h, at, count, carry, place, numbers, soft, weight, ds, gs, at_s, gv, at_v, gx):
+    """Go back through one step; ``weight`` is what the reset sends back, ``at_s`` and ``at_v`` where gradients are."""
+    beta, gain, _, bound, _, reset = numbers
+    zero, one = h.dtype.type(0), h.dtype.type(1)
+    at, at_s, at_v, place = np.uintp(at), np.uintp(at_s), np.uintp(at_v), np.uintp(place)
+    if soft:
+        for j in range(np.uintp(count)):
+            g = gs[at_s + j] * ds[j] + (gv[at_v + j] + carry[place + j]) * (one - weight * ds[j])
+            gx[at + j], carry[place + j] = gain * g, beta * g
+    else:
+        for j in range(np.uintp(count)):
+            slope = where(h[at + j] >= bound, zero, one) + weight * (reset - h[at + j]) * ds[j]
+            g = gs[at_s + j] * ds[j] + (gv[at_v + j] + carry[place + j]) * slope
+            gx[at + j], carry[place + j] = gain * g, beta * g
 
 
 @compiled()
@@ -373,31 +394,20 @@ def lif_backward(
 
     Empty ``gs`` and ``gv``: none. All but carry have the layout of ``kept``.
     """
-    beta, gain, _, bound, threshold, reset = numbers
-    zero, one = kept.dtype.type(0), kept.dtype.type(1)
-    ds, none = np.zeros(BLOCK, kept.dtype), np.zeros(BLOCK, kept.dtype)
+    threshold, zero, one = numbers[4], kept.dtype.type(0), kept.dtype.type(1)
+    weight = zero if detach else threshold if soft else one
+    slopes, none = np.zeros(BLOCK, kept.dtype), np.zeros(BLOCK, kept.dtype)
+    of_spikes, of_states = gs if len(gs) else none, gv if len(gv) else none
     position = start
     while position < stop:
         r, column, count = _piece(position, stop, width)
-        g_next, slopes = carry[position : position + count], ds[:count]
         for t in range(n_steps - 1, -1, -1):
             at = t * step + r * row + column
-            h, out = kept[at : at + count], gx[at : at + count]
-            g_spike = gs[at : at + count] if len(gs) else none[:count]
-            g_state = gv[at : at + count] if len(gv) else none[:count]
-            _slopes(h, threshold, surrogate, alpha, slopes)
-            if soft:
-                weight = zero if detach else threshold
-                for j in range(count):
-                    g = g_spike[j] * slopes[j] + (g_state[j] + g_next[j]) * (one - weight * slopes[j])
-                    out[j], g_next[j] = gain * g, beta * g
-            else:
-                weight = zero if detach else one
-                for j in range(count):
-                    silent = where(h[j] >= bound, zero, one)
-                    slope = silent + weight * (reset - h[j]) * slopes[j]
-                    g = g_spike[j] * slopes[j] + (g_state[j] + g_next[j]) * slope
-                    out[j], g_next[j] = gain * g, beta * g
+            at_s, at_v = at if len(gs) else 0, at if len(gv) else 0
+            _slopes(kept, at, count, threshold, surrogate, alpha, slopes)
+            _lif_step_back(
+                kept, at, count, carry, position, numbers, soft, weight, slopes, of_spikes, at_s, of_states, at_v, gx
+            )
         position += count
 
 
