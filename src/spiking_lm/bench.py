@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from spiking_lm import registry
 from spiking_lm.errors import MissingExtraError, PluginError, UnknownNameError
-from spiking_lm.kernels import lif_scan, wkv
+from spiking_lm.kernels import explain_choice, lif_scan, wkv
 from spiking_lm.provenance import describe
 
 if TYPE_CHECKING:
@@ -185,14 +185,27 @@ def _lif_peers() -> tuple[dict[str, SpikingPeer], dict[str, str]]:
     return peers, remarks
 
 
-def bench_lif(shape: tuple[int, int, int], target: float, repeats: int) -> Row:
+Targets = Mapping[str, float]
+"""By implementation of an op, e.g. ``"numba"``, how many times as fast as its peer it should be."""
+
+
+def _chosen(op: str, *args: Any, **options: Any) -> str:
+    """Return the implementation that runs this call."""
+    return next(name for name, answer in explain_choice(op, *args, **options) if answer is True)
+
+
+def bench_lif(shape: tuple[int, int, int], targets: Targets, repeats: int) -> Row:
     """Time a forward and backward pass of ``lif_scan`` on ``(T, B, N)`` against the fastest peer."""
     generator = torch.Generator().manual_seed(0)
     x = (2 * torch.randn(shape, generator=generator)).requires_grad_()
     gradient = torch.randn(shape, generator=generator)
 
+    neurons: dict[str, Any] = {"beta": 0.5, "gain": 0.5, "threshold": 1.0, "final_only": True}
+    chosen = _chosen("lif_scan", x, **neurons)
+    target = targets.get(chosen)
+
     def ours(x: Tensor) -> Tensor:
-        return lif_scan(x, beta=0.5, gain=0.5, threshold=1.0, final_only=True)[0]
+        return lif_scan(x, **neurons)[0]
 
     def forward_backward(run: SpikingPeer) -> Any:
         return torch.autograd.grad(run(x), x, gradient)
@@ -204,12 +217,12 @@ def bench_lif(shape: tuple[int, int, int], target: float, repeats: int) -> Row:
     found = times.ms()
     name = "lif/" + "x".join(map(str, shape))
     what = f"LIF forward + backward {shape} (T, B, N)"
-    details = {**times.to_dict(), "peers": remarks}
+    details = {**times.to_dict(), "peers": remarks, "implementation": chosen}
     if not peers:
         return Row(name, what, None, target=target, note="no peer is installed: pip install snntorch", details=details)
     best = min(peers, key=found.__getitem__)
     absent = [peer for peer, remark in remarks.items() if peer not in peers]
-    note = f"against {best} ({found[best]:.1f} ms; ours {found['lif_scan']:.1f} ms)"
+    note = f"against {best} ({found[best]:.1f} ms; ours, {chosen}, {found['lif_scan']:.1f} ms)"
     if absent:
         note += "; not compared: " + ", ".join(f"{peer} ({remarks[peer]})" for peer in absent)
     return Row(name, what, found[best] / found["lif_scan"], target=target, note=note, details=details)
@@ -234,7 +247,7 @@ def wkv_loop(time_decay: Tensor, time_first: Tensor, k: Tensor, v: Tensor) -> Te
     return torch.stack(outputs, 1)
 
 
-def bench_wkv(shape: tuple[int, int, int], target: float, repeats: int) -> Row:
+def bench_wkv(shape: tuple[int, int, int], targets: Targets, repeats: int) -> Row:
     """Time a forward and backward pass of ``wkv`` on ``(B, T, C)`` against an unbind loop under autograd."""
     generator = torch.Generator().manual_seed(0)
     k, v = (torch.randn(shape, generator=generator).requires_grad_() for _ in range(2))
@@ -253,14 +266,15 @@ def bench_wkv(shape: tuple[int, int, int], target: float, repeats: int) -> Row:
         },
         repeats,
     )
-    found = times.ms()
+    found, chosen = times.ms(), _chosen("wkv", *inputs)
+    loop, ours = found["unbind loop"], found["wkv"]
     return Row(
         "wkv/" + "x".join(map(str, shape)),
         f"WKV forward + backward {shape} (B, T, C)",
-        found["unbind loop"] / found["wkv"],
-        target=target,
-        note=f"against an unbind loop under autograd ({found['unbind loop']:.1f} ms; ours {found['wkv']:.1f} ms)",
-        details=times.to_dict(),
+        loop / ours,
+        target=targets.get(chosen),
+        note=f"against an unbind loop under autograd ({loop:.1f} ms; ours, {chosen}, {ours:.1f} ms)",
+        details={**times.to_dict(), "implementation": chosen},
     )
 
 
@@ -402,9 +416,9 @@ def bench_constant_time(
 
 # -- all of them -------------------------------------------------------------------------------------------------------
 
-lif_stream = partial(bench_lif, (1024, 1, 2048), 5.0)
-lif_batch = partial(bench_lif, (128, 32, 512), 1.8)
-wkv_stream = partial(bench_wkv, (1, 1024, 512), 10.0)
+lif_stream = partial(bench_lif, (1024, 1, 2048), {"torch": 5.0, "numba": 15.0})
+lif_batch = partial(bench_lif, (128, 32, 512), {"torch": 1.8, "numba": 4.0})
+wkv_stream = partial(bench_wkv, (1, 1024, 512), {"torch": 10.0, "numba": 20.0})
 train_fp32 = partial(bench_training, torch.float32, 60.0)
 train_bf16 = partial(bench_training, torch.bfloat16, None)
 

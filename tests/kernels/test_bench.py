@@ -158,7 +158,7 @@ def test_a_peer_that_is_absent_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 
     known = len(SpikingNeuron.instances)
     monkeypatch.setitem(bench.LIF_PEERS, "other LIF", ("no_such_package_xyz", bench.LIF_PEERS.__getitem__))
-    row = bench.bench_lif((8, 1, 16), 5.0, 1)
+    row = bench.bench_lif((8, 1, 16), {"torch": 5.0}, 1)
     assert "other LIF (not installed)" in row.note
     assert row.value is not None
     assert row.details["peers"]["other LIF"] == "not installed"
@@ -167,7 +167,7 @@ def test_a_peer_that_is_absent_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_without_any_peer_there_is_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "LIF_PEERS", {"other LIF": ("no_such_package_xyz", lambda: None)})
-    row = bench.bench_lif((8, 1, 16), 5.0, 1)
+    row = bench.bench_lif((8, 1, 16), {"torch": 5.0}, 1)
     assert row.value is None
     assert row.passed is None
     assert "no peer is installed" in row.note
