@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,3 +46,17 @@ def add_plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], No
 
     yield add
     registry.set_manager(previous)
+
+
+@pytest.fixture(autouse=True)
+def _compiled_at_any_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled kernels, where a test asks for them, run whatever the size, if numba is installed."""
+    callspec = getattr(request.node, "callspec", None)
+    if callspec is None or callspec.params.get("implementation") != "numba":
+        return
+    from spiking_lm.kernels import compiled
+
+    if importlib.util.find_spec("numba") is None:
+        pytest.skip("numba is not installed: pip install 'spiking-lm[cpu]'")
+    monkeypatch.setattr(compiled, "LEAST", 0)
+    monkeypatch.setattr(compiled, "SHARE", 100)

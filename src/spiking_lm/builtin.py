@@ -151,13 +151,16 @@ def spiking_lm_kernels(register: Register) -> None:
                 priority=10,
             )
         )
-    for op in ("lif_scan", "wkv", "elastic_scan", "attention"):
+    for op, module in (
+        *((op, "compiled") for op in ("lif_scan", "wkv", "elastic_scan", "attention")),
+        ("egru_scan", "compiled_egru"),
+    ):
         register(
             KernelSpec(
                 name=f"{op}/numba",
                 summary="compiled for this processor, all in one pass",
-                implementation=f"spiking_lm.kernels.compiled:{op}",
-                supports=f"spiking_lm.kernels.compiled:supports_{op}",
+                implementation=f"spiking_lm.kernels.{module}:{op}",
+                supports=f"spiking_lm.kernels.{module}:supports_{op}",
                 priority=20,
                 extra="cpu",
                 requires=("numba",),
