@@ -162,9 +162,9 @@ def test_sources_and_outputs_are_checked() -> None:
 
 
 def test_spikegpt_is_refused_by_name() -> None:
-    for placement, op in (("canonical", "embedding"), ("spike_input", "blocks.0.ln0")):
+    for placement in ("canonical", "spike_input"):
         model = spiking_lm.create_model("spikegpt", vocab_size=11, n_layer=1, n_embd=8, placement=placement)
-        with pytest.raises(LoweringError, match=f"op '{op}' has no form"):
+        with pytest.raises(LoweringError, match=r"op 'blocks\.0\.ln0' has no form"):
             from_model(model, "tokens")
 
 
