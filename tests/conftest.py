@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -60,3 +61,16 @@ def _compiled_at_any_size(request: pytest.FixtureRequest, monkeypatch: pytest.Mo
         pytest.skip("numba is not installed: pip install 'spiking-lm[cpu]'")
     monkeypatch.setattr(compiled, "LEAST", 0)
     monkeypatch.setattr(compiled, "SHARE", 100)
+
+
+def _hear_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@pytest.fixture(scope="session")
+def interruptible() -> Callable[[], None] | None:
+    """What to give as ``preexec_fn`` to a child that is to be interrupted.
+
+    A process that a script starts in the background ignores Ctrl-C, and passes that on.
+    """
+    return None if os.name == "nt" else _hear_ctrl_c

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,22 +28,8 @@ generate: {{prompt: "the ", max_new_tokens: 12}}
 """
 
 
-def _hear_ctrl_c() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-hear_ctrl_c = None if os.name == "nt" else _hear_ctrl_c
-"""For children: a process that a script starts in the background ignores Ctrl-C, and passes that on."""
-
-
 @pytest.fixture(scope="session")
-def interruptible() -> Callable[[], None] | None:
-    """What to give as ``preexec_fn`` to a child that is to be interrupted."""
-    return hear_ctrl_c
-
-
-@pytest.fixture(scope="session")
-def cli(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def cli(tmp_path_factory: pytest.TempPathFactory, interruptible: Callable[[], None] | None) -> Run:
     """Run ``spiking-lm`` with arguments; ``env`` adds variables, ``cwd`` and ``input`` as in subprocess.run."""
     elsewhere = tmp_path_factory.mktemp("cwd")
 
@@ -60,7 +45,7 @@ def cli(tmp_path_factory: pytest.TempPathFactory) -> Run:
             cwd=cwd or elsewhere,
             env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
             timeout=120,
-            preexec_fn=hear_ctrl_c,
+            preexec_fn=interruptible,
         )
 
     return run

@@ -144,9 +144,14 @@ with LavaSession(find(), network, 30_001) as session:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_when_the_host_is_interrupted_or_killed_nothing_goes_on(lava: LavaExecutor, number: signal.Signals) -> None:
+def test_when_the_host_is_interrupted_or_killed_nothing_goes_on(
+    lava: LavaExecutor, number: signal.Signals, interruptible: Callable[[], None] | None
+) -> None:
     host = subprocess.Popen(
-        [sys.executable, "-c", HOST, str(Path(__file__).parent)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", HOST, str(Path(__file__).parent)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=interruptible,
     )
     assert host.stdout is not None
     folder, prefix = host.stdout.readline().decode().split()
