@@ -134,6 +134,11 @@ def spiking_lm_kernels(register: Register) -> None:
         ("elastic_scan", "torch_elastic", "elastic bi-spiking neurons over time", "all steps of a piece in the cache"),
         ("attention", "torch_attention", "softmax attention in several steps", "head by head, in the cache"),
         ("gif_linear", "torch_gif", "products of integrate-and-fire counts", "salient channels apart, oneDNN products"),
+        ("spike_linear", "linear_ops_torch", "products of few events", "a gather, or a dense product"),
+        ("int8_linear", "linear_ops_torch", "products with int8 weights", "torch's own, or weights written out"),
+        ("pack_spikes", "linear_ops_torch", "spikes as bits", "by way of bytes"),
+        ("packed_linear", "linear_ops_torch", "packed spikes times ternary weights", "counts of bits in a word"),
+        ("ternary_linear", "linear_ops_torch", "products with packed ternary weights", "weights written out as int8"),
     ):
         register(
             KernelSpec(
@@ -147,7 +152,7 @@ def spiking_lm_kernels(register: Register) -> None:
                 name=f"{op}/torch",
                 summary=f"{summary}: {how}",
                 implementation=f"spiking_lm.kernels.{module}:{op}",
-                supports=f"spiking_lm.kernels.{module}:supports_{op}",
+                supports=None if module == "linear_ops_torch" else f"spiking_lm.kernels.{module}:supports_{op}",
                 priority=10,
             )
         )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from spiking_lm.kernels import products
+from spiking_lm.kernels.dispatch import traced
 
 GEMM_RATE = 150e9
 """Floating-point operations per second of a dense product, per thread."""
@@ -53,24 +54,39 @@ def event_linear(x: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Ten
         return _gather(x, x.nonzero(), weight_t, bias)
 
 
+def product(x: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return ``x (B, N) @ weight_t (N, M) + bias`` by whichever product is cheaper for these values, without gradients.
+
+    On devices other than the CPU, and in half precision, it is the dense one.
+    """
+    with torch.no_grad():
+        return _cheaper(x, weight_t, bias)
+
+
 def linear(x: Tensor, weight_t: Tensor, bias: Tensor) -> Tensor:
     """Return ``x (B, N) @ weight_t (N, M) + bias`` by whichever product is cheaper for these values.
 
     Where gradients are recorded, on devices other than the CPU, and in half precision it is the dense one.
     """
+    if torch.is_grad_enabled() and (x.requires_grad or weight_t.requires_grad or bias.requires_grad):
+        return products.linear(x, weight_t, bias)
+    return _cheaper(x, weight_t, bias)
+
+
+def _cheaper(x: Tensor, weight_t: Tensor, bias: Tensor | None) -> Tensor:
     rows, (sources, targets), size = x.shape[0], weight_t.shape, weight_t.element_size()
     if (
-        size >= 4
+        not traced()  # what is cheaper for some values is not part of a graph
+        and size >= 4
         and x.dtype == weight_t.dtype
         and x.device.type == "cpu"
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight_t.requires_grad or bias.requires_grad))
         and not torch.is_autocast_enabled("cpu")
         and cheaper_product(rows, sources, targets, 0, size) == "event"  # else it is not worth looking
     ):
         active = x.nonzero()
         if cheaper_product(rows, sources, targets, active.shape[0], size) == "event":
             return _gather(x, active, weight_t, bias)
-    return products.linear(x, weight_t, bias)
+    return products.product(x, weight_t) if bias is None else products.linear(x, weight_t, bias)
 
 
 def _gather(x: Tensor, active: Tensor, weight_t: Tensor, bias: Tensor | None) -> Tensor:

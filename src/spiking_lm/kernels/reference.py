@@ -14,6 +14,8 @@ from torch import Tensor
 from spiking_lm.config import SurrogateConfig
 from spiking_lm.schemes import OFF, ActivationScheme
 
+_ATAN = SurrogateConfig()
+
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """Return the dtype that recurrent state is kept in: float64 when an input is float64, else float32."""
@@ -62,7 +64,7 @@ class _Spike(torch.autograd.Function):
 
 def spike(h: Tensor, threshold: float, compare: str = ">=", surrogate: SurrogateConfig | None = None) -> Tensor:
     """Return ``[h compare threshold]`` in the dtype of ``h``, with the surrogate as its derivative."""
-    spikes: Tensor = _Spike.apply(h, threshold, compare, surrogate or SurrogateConfig())
+    spikes: Tensor = _Spike.apply(h, threshold, compare, surrogate or _ATAN)
     return spikes
 
 
@@ -327,3 +329,61 @@ def attention(
     weights = (scores if mask is None else scores + mask).softmax(-1)
     y: Tensor = (weights if keep is None else weights * keep) @ v
     return y.transpose(2, 3).contiguous().transpose(2, 3)
+
+
+# -- products of one token: events, int8 codes, packed ternary weights -------------------------------------------------
+
+
+def spike_linear(x: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Sum the weight rows of sources that are not silent; see :func:`spiking_lm.kernels.spike_linear`."""
+    rows = []
+    for row in x.reshape(-1, x.shape[-1]).to(weight_t.dtype):
+        active = row != 0
+        rows.append((row[active, None] * weight_t[active]).sum(0))
+    y = torch.stack(rows) if rows else weight_t.new_zeros(0, weight_t.shape[1])
+    y = y.reshape(*x.shape[:-1], weight_t.shape[1])
+    return y if bias is None else y + bias
+
+
+def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Multiply with int8 codes, each row with its scale; see :func:`spiking_lm.kernels.int8_linear`."""
+    y = x @ (codes.to(x.dtype) * scale.to(x.dtype)[:, None]).T
+    return y if bias is None else y + bias
+
+
+def pack_spikes(s: Tensor, planes: int = 1) -> Tensor:
+    """Put 32 spikes into a word; see :func:`spiking_lm.kernels.pack_spikes`."""
+    words = -(-s.shape[-1] // 32)
+    signs = (1, -1)[:planes]
+    bits = torch.stack([(s == sign).long() for sign in signs], -2)
+    bits = torch.nn.functional.pad(bits, (0, 32 * words - s.shape[-1])).view(*bits.shape[:-1], words, 32)
+    values = torch.tensor([2**j for j in range(31)] + [-(2**31)], device=s.device)  # bit 31 is the sign of an int32
+    packed: Tensor = (bits * values).sum(-1).to(torch.int32)
+    return packed
+
+
+def unpack_spikes(words: Tensor, size: int) -> Tensor:
+    """Return bits ``(..., K)`` of ``words (..., W)`` as int64: what one plane of ``pack_spikes`` was made from."""
+    places = torch.arange(32, device=words.device)
+    return ((words.long()[..., None] >> places) & 1).flatten(-2)[..., :size]
+
+
+def packed_linear(words: Tensor, planes: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Multiply packed spikes with packed ternary weights; see :func:`spiking_lm.kernels.packed_linear`."""
+    size = 32 * words.shape[-1]
+    s, weight = (_signed(t.movedim(dim, 0), size) for t, dim in ((words, -2), (planes, 0)))
+    y = (s[..., None, :] * weight).sum(-1).to(scale.dtype) * scale
+    return y if bias is None else y + bias
+
+
+def ternary_linear(x: Tensor, planes: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Multiply real numbers with packed ternary weights; see :func:`spiking_lm.kernels.ternary_linear`."""
+    weight = _signed(planes, x.shape[-1]).to(x.dtype)
+    y = (x @ weight.T) * scale.to(x.dtype)
+    return y if bias is None else y + bias
+
+
+def _signed(planes: Tensor, size: int) -> Tensor:
+    """Return ``(..., K)`` of -1, 0 and 1 from ``planes (1 or 2, ..., W)``."""
+    bits = unpack_spikes(planes, size)
+    return bits[0] if len(bits) == 1 else bits[0] - bits[1]
