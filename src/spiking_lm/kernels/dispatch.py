@@ -14,6 +14,8 @@ from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, Literal
 
+import torch
+
 from spiking_lm import registry
 from spiking_lm.errors import KernelUnavailableError, SpikingLMError, UnknownNameError, UsageError
 
@@ -116,6 +118,16 @@ def forced(op: str) -> tuple[str, str] | None:
         if name is not None:
             return name, f"environment variable {ENVIRONMENT}"
     return None
+
+
+def traced() -> bool:
+    """Say whether torch.compile, torch.export or fake tensors watch: an op must then be one node to them."""
+    if torch.compiler.is_compiling():
+        return True
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return False
+    kinds, mode = torch._C._TorchDispatchModeKey, torch._C._get_dispatch_mode
+    return mode(kinds.FAKE) is not None or mode(kinds.PROXY) is not None
 
 
 def call(op: str, *args: Any, **kwargs: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from spiking_lm.config import SurrogateConfig, parse_config
 from spiking_lm.errors import UsageError
-from spiking_lm.kernels.dispatch import call
+from spiking_lm.kernels.dispatch import call, traced
 from spiking_lm.kernels.reference import WKVState
 from spiking_lm.schemes import OFF, ActivationScheme
 
@@ -63,6 +63,11 @@ def lif_scan(
     if not isinstance(surrogate, SurrogateConfig):
         fields = {"name": surrogate} if isinstance(surrogate, str) else dict(surrogate)
         surrogate = parse_config(SurrogateConfig, fields, where="lif_scan: surrogate")
+    if traced():
+        from spiking_lm.kernels import library
+
+        numbers = beta, gain, threshold, v_reset
+        return library.lif_scan(x, v0, *numbers, compare, surrogate, detach_reset, final_only)
     spikes, v = call(
         "lif_scan",
         x,
@@ -112,6 +117,10 @@ def wkv(
                 f"wkv: state has shapes {[tuple(s.shape) for s in state]} but k {tuple(k.shape)} needs three of "
                 f"{expected}"
             )
+    if traced():
+        from spiking_lm.kernels import library
+
+        return library.wkv(time_decay, time_first, k, v, state)
     y, state = call("wkv", time_decay, time_first, k, v, state)
     return y, state
 
@@ -174,6 +183,11 @@ def egru_scan(
         )
     if keep is not None and zoneout:
         raise UsageError("egru_scan: keep is the zoneout of training, zoneout that of evaluation; give one of them")
+    if traced():
+        from spiking_lm.kernels import library
+
+        tensors = a, recurrent_kernel, recurrent_bias, threshold, c0, y0, keep
+        return library.egru_scan(*tensors, gamma=gamma, epsilon=epsilon, zoneout=zoneout)
     y, c, o = call(
         "egru_scan",
         a,
@@ -232,6 +246,10 @@ def elastic_scan(
         raise UsageError(
             f"elastic_scan: bits is 1 or 2 and reset 'asymmetric' or 'symmetric', not {bits!r} and {reset!r}"
         )
+    if traced():
+        from spiking_lm.kernels import library
+
+        return library.elastic_scan(x, alpha, carried, beta, bits, reset, final)
     spikes, carried = call("elastic_scan", x, alpha, carried, beta=beta, bits=bits, reset=reset, final=final)
     return spikes, carried
 
@@ -275,6 +293,10 @@ def attention(
             "learned, with bits=1 or bits=2",
             hint="neurons whose amplitudes are learned fire by elastic_scan",
         )
+    if traced():
+        from spiking_lm.kernels import library
+
+        return library.attention(q, k, v, mask, keep, amplitudes, bits=bits)
     y: Tensor = call("attention", q, k, v, mask, keep, amplitudes, bits=bits)
     return y
 
@@ -316,6 +338,10 @@ def gif_linear(
             raise UsageError(f"gif_linear: salient must be ({x.shape[-1]},), not {tuple(salient.shape)}")
         if mode != "fake":
             check_emittable("gif_linear", scheme, salient)
+    if traced():
+        from spiking_lm.kernels import library
+
+        return library.gif_linear(x, weight, bias, scheme, salient, scale, mode)
     out: Tensor = call("gif_linear", x, weight, bias, scheme, salient, scale, mode=mode)
     return out
 

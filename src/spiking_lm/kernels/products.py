@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from spiking_lm.kernels import compiled_layers
+from spiking_lm.kernels.dispatch import traced
 from spiking_lm.kernels.ops import elastic_scan
 
 MIN_WORK = 2_000_000
@@ -42,6 +43,7 @@ def _fits(work: int, like: Tensor) -> bool:
         work >= MIN_WORK
         and like.dtype == torch.float32
         and like.device.type == "cpu"
+        and not traced()
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
         and _onednn() is not None
@@ -99,7 +101,7 @@ def elastic_linears(
     Compiled where that fits, without spikes ever being written to memory; gradients can then be taken once.
     """
     work = x.numel() * min(w.shape[1] for w in weights_t)
-    if work >= MIN_WORK and compiled_layers.takes_elastic(x, alpha, weights_t, biases):
+    if work >= MIN_WORK and not traced() and compiled_layers.takes_elastic(x, alpha, weights_t, biases):
         return compiled_layers.elastic_linears(x, alpha, weights_t, biases, gelu=gelu, **neurons)
     spikes, _ = elastic_scan(F.gelu(x) if gelu else x, alpha, final=False, **neurons)
     ys = linears(spikes.flatten(0, 1), weights_t, biases)
