@@ -43,6 +43,7 @@ from spiking_lm.interfaces import (
     mean_over_steps,
 )
 from spiking_lm.kernels import spike, wkv
+from spiking_lm.kernels.dense import Linear
 from spiking_lm_spikegpt.config import SpikeGPTConfig
 
 RESCALE_EVERY = 6  # layers between two halvings of the released generation script
@@ -139,10 +140,10 @@ class TimeMix(nn.Module):
         self.time_mix_k = nn.Parameter(ramp**rest)
         self.time_mix_v = nn.Parameter(ramp**rest + 0.3 * depth)
         self.time_mix_r = nn.Parameter(ramp ** (rest / 2))
-        self.key = nn.Linear(size, size, bias=False)
-        self.value = nn.Linear(size, size, bias=False)
-        self.receptance = nn.Linear(size, size, bias=False)
-        self.output = nn.Linear(size, size, bias=False)
+        self.key = Linear(size, size, bias=False)
+        self.value = Linear(size, size, bias=False)
+        self.receptance = Linear(size, size, bias=False)
+        self.output = Linear(size, size, bias=False)
 
     def forward(self, x: Tensor, shift: Tensor, state: State, run: Pass) -> tuple[Tensor, State]:
         for_k, for_v, for_r = mixes(x, shift, self.time_mix_k, self.time_mix_v, self.time_mix_r)
@@ -164,9 +165,9 @@ class ChannelMix(nn.Module):
         ramp = (torch.arange(size) / size)[None, None] ** (1 - layer / config.n_layer)
         self.time_mix_k = nn.Parameter(ramp.clone())
         self.time_mix_r = nn.Parameter(ramp.clone())
-        self.key = nn.Linear(size, 4 * size, bias=False)
-        self.receptance = nn.Linear(size, size, bias=False)
-        self.value = nn.Linear(4 * size, size, bias=False)
+        self.key = Linear(size, 4 * size, bias=False)
+        self.receptance = Linear(size, size, bias=False)
+        self.value = Linear(4 * size, size, bias=False)
 
     def forward(self, x: Tensor, shift: Tensor, run: Pass, name: str) -> Tensor:
         for_k, for_r = mixes(x, shift, self.time_mix_k, self.time_mix_r)
@@ -247,10 +248,10 @@ class SpikeGPT(SpikingLanguageModel):
         self.emb = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.binarise = config.spiking and config.binary_embedding and config.placement == "canonical"
         if config.num_classes is not None:
-            self.classify_head = nn.Linear(config.n_embd, config.num_classes)
+            self.classify_head = Linear(config.n_embd, config.num_classes)
             self.capabilities = self.capabilities | {"classify"}
         self._init_matrices()
         if config.head_tying:

@@ -19,19 +19,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from spiking_lm import registry
 from spiking_lm.errors import MissingExtraError, PluginError, UnknownNameError
 from spiking_lm.kernels import explain_choice, lif_scan, wkv
 from spiking_lm.provenance import describe
-
-if TYPE_CHECKING:
-    from spiking_lm.interfaces import SpikingLanguageModel
 
 Job = Callable[[], Any]
 SpikingPeer = Callable[[Tensor], Tensor]
@@ -189,7 +185,7 @@ Targets = Mapping[str, float]
 """By implementation of an op, e.g. ``"numba"``, how many times as fast as its peer it should be."""
 
 
-def _chosen(op: str, *args: Any, **options: Any) -> str:
+def chosen_for(op: str, *args: Any, **options: Any) -> str:
     """Return the implementation that runs this call."""
     return next(name for name, answer in explain_choice(op, *args, **options) if answer is True)
 
@@ -201,7 +197,7 @@ def bench_lif(shape: tuple[int, int, int], targets: Targets, repeats: int) -> Ro
     gradient = torch.randn(shape, generator=generator)
 
     neurons: dict[str, Any] = {"beta": 0.5, "gain": 0.5, "threshold": 1.0, "final_only": True}
-    chosen = _chosen("lif_scan", x, **neurons)
+    chosen = chosen_for("lif_scan", x, **neurons)
     target = targets.get(chosen)
 
     def ours(x: Tensor) -> Tensor:
@@ -266,7 +262,7 @@ def bench_wkv(shape: tuple[int, int, int], targets: Targets, repeats: int) -> Ro
         },
         repeats,
     )
-    found, chosen = times.ms(), _chosen("wkv", *inputs)
+    found, chosen = times.ms(), chosen_for("wkv", *inputs)
     loop, ours = found["unbind loop"], found["wkv"]
     return Row(
         "wkv/" + "x".join(map(str, shape)),
@@ -281,65 +277,6 @@ def bench_wkv(shape: tuple[int, int, int], targets: Targets, repeats: int) -> Ro
 # -- SpikeGPT ----------------------------------------------------------------------------------------------------------
 
 
-def _spikegpt(n_layer: int, n_embd: int, vocab_size: int, ctx_len: int = 1024) -> SpikingLanguageModel:
-    from spiking_lm.models import create_model
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return create_model("spikegpt", vocab_size=vocab_size, n_layer=n_layer, n_embd=n_embd, ctx_len=ctx_len)
-
-
-def matrix_products(model: nn.Module, tokens: int, dtype: torch.dtype) -> Job:
-    """Return a job that does the forward and backward products of the model's linear layers, and nothing else."""
-    work = []
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear):
-            x = torch.randn(tokens, layer.in_features, dtype=dtype).requires_grad_()
-            weight = layer.weight.detach().to(dtype).requires_grad_()
-            work.append((x, weight, torch.randn(tokens, layer.out_features, dtype=dtype)))
-
-    def job() -> None:
-        for x, weight, gradient in work:
-            torch.autograd.grad(F.linear(x, weight), (x, weight), gradient)
-
-    return job
-
-
-def bench_training(
-    dtype: torch.dtype,
-    target: float | None,
-    repeats: int,
-    *,
-    n_layer: int = 12,
-    n_embd: int = 512,
-    vocab_size: int = 5458,
-    length: int = 1024,
-) -> Row:
-    """Time SpikeGPT on one row of ``length`` tokens, loss included, against its matrix products alone."""
-    model = _spikegpt(n_layer, n_embd, vocab_size)
-    text = torch.randint(vocab_size, (1, length + 1), generator=torch.Generator().manual_seed(1))
-
-    def step() -> None:
-        model.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            logits = model(text[:, :-1]).logits
-        torch.autograd.backward(F.cross_entropy(logits.float().flatten(0, 1), text[:, 1:].flatten()))
-
-    times = interleaved({"model": step, "products": matrix_products(model, length, dtype)}, repeats)
-    found = times.ms()
-    rates = {name: 1e3 * length / ms for name, ms in found.items()}
-    label = "bf16 autocast" if dtype == torch.bfloat16 else "fp32"
-    return Row(
-        f"spikegpt/train-{'bf16' if dtype == torch.bfloat16 else 'fp32'}",
-        f"SpikeGPT {n_layer}x{n_embd}, V {vocab_size}, T {length}, B 1: forward + backward, {label}",
-        100 * rates["model"] / rates["products"],
-        unit="%",
-        target=target,
-        note=f"{rates['model']:.0f} tokens/s; its matrix products alone {rates['products']:.0f} tokens/s",
-        details={**times.to_dict(), "tokens_per_s": rates},
-    )
-
-
 def bench_generation(
     repeats: int, *, n_layer: int = 4, n_embd: int = 128, vocab_size: int = 256, new_tokens: int = 512
 ) -> Row:
@@ -347,7 +284,9 @@ def bench_generation(
 
     One turn of each, whatever ``repeats``: they are long.
     """
-    model = _spikegpt(n_layer, n_embd, vocab_size).eval()
+    from spiking_lm.bench_training import spikegpt
+
+    model = spikegpt(n_layer, n_embd, vocab_size).eval()
     prompt = torch.arange(32, 64)[None]
     written: dict[str, list[int]] = {}
 
@@ -387,7 +326,9 @@ def bench_constant_time(
 ) -> Row:
     """Time single steps of SpikeGPT at position ``far`` against position ``near``, the state being truly that old."""
     steps, piece = 16, 512
-    model = _spikegpt(n_layer, n_embd, vocab_size).eval()
+    from spiking_lm.bench_training import spikegpt
+
+    model = spikegpt(n_layer, n_embd, vocab_size).eval()
     text = torch.randint(vocab_size, (1, far), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         state = model(text[:, :near]).state
@@ -419,8 +360,6 @@ def bench_constant_time(
 lif_stream = partial(bench_lif, (1024, 1, 2048), {"torch": 5.0, "numba": 15.0})
 lif_batch = partial(bench_lif, (128, 32, 512), {"torch": 1.8, "numba": 4.0})
 wkv_stream = partial(bench_wkv, (1, 1024, 512), {"torch": 10.0, "numba": 20.0})
-train_fp32 = partial(bench_training, torch.float32, 60.0)
-train_bf16 = partial(bench_training, torch.bfloat16, None)
 
 
 def available() -> list[str]:

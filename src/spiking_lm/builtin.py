@@ -204,15 +204,15 @@ def spiking_lm_recipes(register: Register) -> None:
 def spiking_lm_benchmarks(register: Register) -> None:
     """Register the timings of the kernels and of SpikeGPT."""
     for name, function, summary in (
-        ("lif/1024x1x2048", "lif_stream", "lif_scan on a long stream, against SNN frameworks"),
-        ("lif/128x32x512", "lif_batch", "lif_scan on a batch, against SNN frameworks"),
-        ("wkv/1x1024x512", "wkv_stream", "wkv, against a loop under autograd"),
-        ("spikegpt/train-fp32", "train_fp32", "SpikeGPT in training, against its matrix products"),
-        ("spikegpt/train-bf16", "train_bf16", "SpikeGPT in training under autocast, against its matrix products"),
-        ("spikegpt/generate", "bench_generation", "generation from a carried state, against recomputing the prefix"),
-        ("spikegpt/constant-time", "bench_constant_time", "time per token late in a text, over early"),
+        ("lif/1024x1x2048", "bench:lif_stream", "lif_scan on a long stream, against SNN frameworks"),
+        ("lif/128x32x512", "bench:lif_batch", "lif_scan on a batch, against SNN frameworks"),
+        ("wkv/1x1024x512", "bench:wkv_stream", "wkv, against a loop under autograd"),
+        ("spikegpt/train-fp32", "bench_training:train_fp32", "SpikeGPT in training, over its matrix products"),
+        ("spikegpt/train-bf16", "bench_training:train_bf16", "the same under autocast"),
+        ("spikegpt/generate", "bench:bench_generation", "generation from a carried state, against recomputing"),
+        ("spikegpt/constant-time", "bench:bench_constant_time", "time per token late in a text, over early"),
     ):
-        register(BenchmarkSpec(name=name, summary=summary, function=f"spiking_lm.bench:{function}"))
+        register(BenchmarkSpec(name=name, summary=summary, function=f"spiking_lm.{function}"))
 
 
 @hookimpl

@@ -15,7 +15,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from spiking_lm import bench, hookimpl, kernels, registry
+from spiking_lm import bench, bench_training, hookimpl, kernels, registry
 from spiking_lm.bench import Row
 from spiking_lm.errors import MissingExtraError, UnknownNameError
 from spiking_lm.records import BenchmarkSpec
@@ -177,7 +177,7 @@ def test_the_products_are_those_of_every_linear_layer() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2, bias=False))
-    job = bench.matrix_products(model, 7, torch.float32)
+    job = bench_training.matrix_products(model, 7, torch.float32)
     with FlopCounterMode(display=False) as counter:
         job()
     assert counter.get_total_flops() == 3 * 2 * 7 * (3 * 5 + 5 * 2)
@@ -186,12 +186,12 @@ def test_the_products_are_those_of_every_linear_layer() -> None:
 @needs_snntorch
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_training_row(dtype: torch.dtype) -> None:
-    row = bench.bench_training(dtype, 60.0, 1, n_layer=2, n_embd=16, vocab_size=20, length=12)
-    assert row.unit == "%"
-    assert row.value is not None
-    assert row.value == pytest.approx(
-        100 * row.details["tokens_per_s"]["model"] / row.details["tokens_per_s"]["products"]
-    )
+    sizes = {"n_layer": 2, "n_embd": 16, "vocab_size": 20, "length": 12}
+    row = bench_training.bench_step(dtype, {"torch": 1.3}, 1, **sizes)
+    assert (row.at_most, row.target) == (True, 1.3), "so few elements are not compiled"
+    ms = row.details["ms"]
+    assert row.value == pytest.approx(ms.pop("model") / min(ms.values()))
+    assert set(ms) == ({"torch"} if dtype == torch.bfloat16 else {"torch", "oneDNN"})
 
 
 @needs_snntorch

@@ -50,6 +50,11 @@ def _fits(work: int, like: Tensor) -> bool:
     )
 
 
+def dense_operator(work: int, like: Tensor) -> Callable[..., Tensor] | None:
+    """Return oneDNN's ``f(x, weight, bias, "none", [], "")`` where it is faster for so many multiply-adds, or None."""
+    return _onednn() if _fits(work, like) else None
+
+
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """Return ``x (M, K) @ weight (K, N)``; no gradient is recorded."""
     operator = _onednn() if _fits(x.numel() * weight.shape[1], x) else None
