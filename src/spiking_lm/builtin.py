@@ -135,7 +135,7 @@ def spiking_lm_kernels(register: Register) -> None:
         ("attention", "torch_attention", "softmax attention in several steps", "head by head, in the cache"),
         ("gif_linear", "torch_gif", "products of integrate-and-fire counts", "salient channels apart, oneDNN products"),
         ("spike_linear", "linear_ops_torch", "products of few events", "a gather, or a dense product"),
-        ("int8_linear", "linear_ops_torch", "products with int8 weights", "torch's own, or weights written out"),
+        ("int8_linear", "linear_ops_torch", "products with int8 weights", "weights written out"),
         ("pack_spikes", "linear_ops_torch", "spikes as bits", "by way of bytes"),
         ("packed_linear", "linear_ops_torch", "packed spikes times ternary weights", "counts of bits in a word"),
         ("ternary_linear", "linear_ops_torch", "products with packed ternary weights", "weights written out as int8"),
@@ -159,6 +159,8 @@ def spiking_lm_kernels(register: Register) -> None:
     for op, module in (
         *((op, "compiled") for op in ("lif_scan", "wkv", "elastic_scan", "attention")),
         ("egru_scan", "compiled_egru"),
+        *((op, "compiled_linear") for op in ("spike_linear", "int8_linear", "pack_spikes", "packed_linear")),
+        ("ternary_linear", "compiled_linear"),
     ):
         register(
             KernelSpec(
