@@ -27,6 +27,7 @@ PACKAGES = {
     "spiking_lm_spikelm",
     "spiking_lm_spinnaker2",
     "spiking_lm_lava",
+    "spiking_lm_triton",
 }
 
 SMOKE = """
