@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
+from io import StringIO
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import nn
 
 from spiking_lm.bench import Job, Row, Targets, chosen_for, interleaved
 from spiking_lm.kernels import dense
+from spiking_lm.runs import run_recipe
 
 if TYPE_CHECKING:
     from spiking_lm.interfaces import SpikingLanguageModel
@@ -95,3 +101,40 @@ def bench_step(
 
 train_fp32 = partial(bench_step, torch.float32, {"numba": 1.3, "torch": 1.6})
 train_bf16 = partial(bench_step, torch.bfloat16, {"numba": 1.6})
+
+# -- bfloat16 ----------------------------------------------------------------------------------------------------------
+
+SMOOTHED = 50
+"""Steps over which losses are averaged: a step's own loss is mostly that of its text."""
+
+
+def bf16_curve(repeats: int, *, steps: int = 500, changes: Sequence[str] = ()) -> Row:
+    """Train ``spikegpt/quickstart`` in float32 and under bfloat16 autocast, once each, and compare the losses.
+
+    Seed, data and schedule are the same; only so many steps are trained. ``changes`` are further ones of the recipe.
+    """
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        overrides = [f"train.precision={precision}", f"train.steps={steps}", "train.log_every=1"]
+        overrides += [f"train.{name}=0" for name in ("eval_every", "save_every")]
+        overrides += [f"{stage}=null" for stage in ("evaluate", "generate", "explain", "report")]
+        with TemporaryDirectory(prefix="bf16-") as folder:
+            quiet = Console(file=StringIO())
+            run = run_recipe("spikegpt/quickstart", [*overrides, *changes], out=folder, console=quiet)
+            losses[precision] = [entry["loss"] for entry in run.metrics() if entry["split"] == "train"]
+    width = min(SMOOTHED, steps)
+    window = np.ones(width) / width
+    smooth = {name: np.convolve(values, window, "valid") for name, values in losses.items()}
+    apart = 100 * np.abs(smooth["bf16"] / smooth["fp32"] - 1)
+    last = {name: float(values[-1]) for name, values in smooth.items()}
+    return Row(
+        "spikegpt/bf16-loss",
+        f"SpikeGPT of the quickstart, {steps} steps: training loss under bf16 autocast away from fp32, averaged "
+        f"over {width} steps, at most",
+        float(apart.max()),
+        unit="%",
+        target=1.0,
+        at_most=True,
+        note=f"{apart.mean():.2f} % on average; the last {width} steps: {last['bf16']:.4f} against {last['fp32']:.4f}",
+        details={"losses": losses, "apart_percent": apart.tolist()},
+    )

@@ -159,6 +159,7 @@ def spiking_lm_kernels(register: Register) -> None:
     for op, module in (
         *((op, "compiled") for op in ("lif_scan", "wkv", "elastic_scan", "attention")),
         ("egru_scan", "compiled_egru"),
+        ("gif_linear", "compiled_gif"),
         *((op, "compiled_linear") for op in ("spike_linear", "int8_linear", "pack_spikes", "packed_linear")),
         ("ternary_linear", "compiled_linear"),
     ):

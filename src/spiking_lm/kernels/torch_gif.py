@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from spiking_lm.gif import encode, gif_quantize, grids, limits, split_steps
-from spiking_lm.kernels.products import linear, product
+from spiking_lm.kernels.dense import linear
+from spiking_lm.kernels.products import product
 from spiking_lm.kernels.reference import compute_dtype
 from spiking_lm.schemes import OFF, ActivationScheme
 
@@ -36,7 +37,7 @@ def gif_linear(
     """Multiply Generalized Integrate-and-Fire spikes with a matrix; see :func:`spiking_lm.kernels.gif_linear`."""
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     simulated = mode != "fake" and scheme.bits < OFF
-    fake = _linear(gif_quantize(x, scheme, salient, scale), weight, bias) if recorded or not simulated else None
+    fake = product_of(gif_quantize(x, scheme, salient, scale), weight, bias) if recorded or not simulated else None
     if not simulated:
         assert fake is not None
         return fake
@@ -50,16 +51,15 @@ def gif_linear(
     return out if fake is None else out + (fake - fake.detach())  # the gradient is that of fake
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def product_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``x (..., C) @ weight (O, C).T + bias`` in the type of ``x``, by the faster library."""
     if torch.is_autocast_enabled(x.device.type) or x.dtype != weight.dtype:
         return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    rows = x.reshape(-1, x.shape[-1])
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        out = linear(rows, weight.t(), weight.new_zeros(weight.shape[0]) if bias is None else bias)
-    else:
-        out = product(rows, weight.t())
-        if bias is not None:
-            out += bias
+        return linear(x, weight, bias)
+    out = product(x.reshape(-1, x.shape[-1]), weight.t())
+    if bias is not None:
+        out += bias
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
