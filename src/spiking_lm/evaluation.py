@@ -195,7 +195,7 @@ def evaluate(model: SpikingLanguageModel, data: Data, config: EvaluateConfig) ->
         what = "is scored on hidden tokens" if isinstance(data, TextData) else "holds no running text"
         raise UsageError(f"{data.name!r} {what}: there are no words that could be shuffled")
     if isinstance(data, TextData):
-        tokens = np.asarray(getattr(data, config.split).tokens[: config.max_tokens]).astype(np.int64)
+        tokens = np.asarray(getattr(data, config.split).tokens[: config.max_tokens])
         score = _score_text if causal else _score_masked
         scores, protocol = score(model, data, tokens, config, activity)
     else:
@@ -256,7 +256,7 @@ def _words_alone(data: LabelledData, config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _score_text(
-    model: SpikingLanguageModel, data: TextData, tokens: NDArray[np.int64], config: EvaluateConfig, activity: Activity
+    model: SpikingLanguageModel, data: TextData, tokens: NDArray[Any], config: EvaluateConfig, activity: Activity
 ) -> tuple[Scores, str]:
     least = config.window if config.protocol == "blocks" else 2
     if len(tokens) < least:
@@ -265,7 +265,7 @@ def _score_text(
             hint="a block is that long: choose a smaller window" if least > 2 else None,
         )
     nll, predicted = score_tokens(model, tokens, config, activity if model.spike_sites() else None)
-    target = tokens[scored_positions(len(tokens), config)]
+    target = tokens[_scored(len(tokens), config)]
     n_bytes = n_chars = 0
     if data.tokenizer.lossless:
         counted = data.tokenizer.decode_bytes(target)
@@ -278,7 +278,7 @@ def _score_text(
     return Scores("text", nll, target, predicted, n_bytes, n_chars), protocol
 
 
-def _context(tokens: NDArray[np.int64], config: EvaluateConfig) -> str:
+def _context(tokens: NDArray[Any], config: EvaluateConfig) -> str:
     """Say in words what the model has read before each token that counts."""
     if config.protocol == "carried":
         return f"in one pass; windows of {config.window} without overlap, batch 1, state carried from each to the next"
@@ -297,10 +297,10 @@ def _context(tokens: NDArray[np.int64], config: EvaluateConfig) -> str:
 
 
 def _score_masked(
-    model: SpikingLanguageModel, data: TextData, tokens: NDArray[np.int64], config: EvaluateConfig, activity: Activity
+    model: SpikingLanguageModel, data: TextData, tokens: NDArray[Any], config: EvaluateConfig, activity: Activity
 ) -> tuple[Scores, str]:
     hidden = HiddenTokens(data.tokenizer, config.window, config.mask_rate)
-    nll, target, predicted = score_hidden(model, hidden, tokens, config.batch_size, activity)
+    nll, target, predicted = score_hidden(model, hidden, tokens.astype(np.int64), config.batch_size, activity)
     protocol = (
         f"{len(nll):,} tokens of the {config.split} split, {config.mask_rate:.0%} of each window of {config.window}, "
         "predicted from both sides: 80 % of them hidden, 10 % replaced by another, 10 % left as they are (seed 0)"
@@ -357,7 +357,7 @@ def shuffle_words(text: str, seed: int = 0) -> str:
 
 
 def _score_shuffled(
-    model: SpikingLanguageModel, data: TextData, tokens: NDArray[np.int64], config: EvaluateConfig, plain: Scores
+    model: SpikingLanguageModel, data: TextData, tokens: NDArray[Any], config: EvaluateConfig, plain: Scores
 ) -> dict[str, float]:
     """Score the text with its words in another order, which tells a model that predicts from one that has looked."""
     text = data.tokenizer.decode(tokens)
@@ -372,29 +372,37 @@ def _score_shuffled(
 
 def scored_positions(n: int, config: EvaluateConfig) -> NDArray[np.int64]:
     """Return which of ``n`` tokens the protocol scores: all but the first, in blocks all but the first of each."""
+    return np.arange(n)[_scored(n, config)]
+
+
+def _scored(n: int, config: EvaluateConfig) -> slice | NDArray[np.int64]:
+    """Return the same as what an array can be indexed with, without taking memory where it need not."""
     if config.protocol == "blocks":
         whole = np.arange(n // config.window * config.window)
         return whole[whole % config.window > 0]
-    return np.arange(1, n)
+    return slice(1, n)
 
 
 def score_tokens(
-    model: SpikingLanguageModel, tokens: NDArray[np.int64], config: EvaluateConfig, activity: Activity | None = None
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    model: SpikingLanguageModel, tokens: NDArray[Any], config: EvaluateConfig, activity: Activity | None = None
+) -> tuple[NDArray[np.float64], NDArray[Any]]:
     """Return the negative log-likelihood (nats) and the arg-max guess for each token at :func:`scored_positions`.
 
-    ``activity`` is told the spikes at each token that is counted.
+    ``activity`` is told the spikes at each token that is counted. A text of any length takes the memory of a batch of
+    windows, and 8 bytes and a token of ``tokens``' type for each.
     """
     nll = np.empty(len(tokens))
-    predicted = np.empty(len(tokens), dtype=np.int64)
-    device = next(model.parameters()).device
     vocab_size = getattr(model.config, "vocab_size", 1)
+    shortest = np.min_scalar_type(vocab_size - 1) if vocab_size > 1 else np.dtype(np.int64)
+    predicted = np.empty(len(tokens), np.promote_types(tokens.dtype, shortest))
+    device = next(model.parameters()).device
     state = None
     with evaluating(model):
         for starts, length, counted in _windows(len(tokens) - 1, config):
             at_once = max(1, LOGITS_AT_ONCE // (length * vocab_size))
             for part in (starts[first : first + at_once] for first in range(0, len(starts), at_once)):
-                batch = torch.from_numpy(np.stack([tokens[start : start + length + 1] for start in part])).to(device)
+                rows = np.stack([tokens[start : start + length + 1] for start in part]).astype(np.int64)
+                batch = torch.from_numpy(rows).to(device)
                 output = model(batch[:, :-1], state, return_spikes=activity is not None)
                 if config.protocol == "carried":
                     state = output.state
@@ -405,7 +413,7 @@ def score_tokens(
                     losses = F.cross_entropy(logits.float(), targets, reduction="none")
                     nll[where] = losses.double().cpu().numpy()
                     predicted[where] = logits.argmax(-1).cpu().numpy()
-    scored = scored_positions(len(tokens), config)
+    scored = _scored(len(tokens), config)
     return nll[scored], predicted[scored]
 
 
