@@ -13,17 +13,24 @@ PRIORITY = 30
 
 @hookimpl
 def spiking_lm_kernels(register: Register) -> None:
-    for op, module, summary in (
-        ("lif_scan", "lif", "leaky integrate-and-fire over time: one pass on a GPU, membranes computed anew backward"),
-        ("wkv", "wkv", "the RWKV-4 recurrence over time: one pass on a GPU, sums computed anew backward"),
+    for op, target, supports, summary in (
+        ("lif_scan", "lif", "supports", "leaky integrate-and-fire in one pass, membranes computed anew backward"),
+        ("wkv", "wkv", "supports", "the RWKV-4 recurrence in one pass, sums computed anew backward"),
+        ("egru_scan", "egru", "supports", "event-based gated recurrent units: one product and one kernel per step"),
+        ("gif_linear", "gif", "supports", "integrate-and-fire counts: quantised in one kernel, and so is the gradient"),
+        ("spike_linear", "linear", "supports", "products by the weight rows of active sources"),
+        ("int8_linear", "linear", "supports", "products of few rows with int8 weights"),
+        ("ternary_linear", "linear", "supports", "products of few rows with ternary weights in two bits"),
+        ("packed_linear", "linear", "supports_packed_linear", "ternary weights times packed spikes by counting bits"),
+        ("pack_spikes", "linear", "supports_pack_spikes", "spikes as bits"),
     ):
         register(
             KernelSpec(
                 name=f"{op}/triton",
-                summary=summary,
-                implementation=f"spiking_lm_triton.{module}:{op}",
+                summary=f"on GPUs: {summary}",
+                implementation=f"spiking_lm_triton.{target}:{op}",
                 available="spiking_lm_triton.machine:available",
-                supports=f"spiking_lm_triton.{module}:supports",
+                supports=f"spiking_lm_triton.{target}:{supports}",
                 priority=PRIORITY,
                 extra="triton",
                 requires=("triton",),

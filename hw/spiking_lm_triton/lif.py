@@ -91,7 +91,7 @@ def _three(x: Tensor) -> tuple[Tensor, int, int]:
     return x, x.shape[1], x.shape[2]
 
 
-@torch.library.custom_op("spiking_lm::lif_forward", mutates_args=())
+@torch.library.custom_op("spiking_lm_triton::lif_forward", mutates_args=())
 def _forward(
     x: Tensor,
     v0: Tensor | None,
@@ -138,7 +138,7 @@ def _(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _results(x, final_only, packed, marked)
 
 
-@torch.library.custom_op("spiking_lm::lif_backward", mutates_args=())
+@torch.library.custom_op("spiking_lm_triton::lif_backward", mutates_args=())
 def _backward(
     x: Tensor,
     marks: Tensor,

@@ -53,3 +53,8 @@ def stages() -> int:
 def cut(size: int, piece: int) -> int:
     """Return how many pieces there are in ``size``, the last one perhaps not full."""
     return -(-size // piece)
+
+
+def power(size: int) -> int:
+    """Return the least power of 2 that is not below ``size``."""
+    return 1 << max(size - 1, 0).bit_length()

@@ -55,7 +55,7 @@ def _places(p: Tensor, n_steps: int, recorded: bool) -> Tensor:
     return p.new_empty((3, cut(n_steps, CHUNK) if recorded else 0, *p.shape))
 
 
-@torch.library.custom_op("spiking_lm::wkv_forward", mutates_args=())
+@torch.library.custom_op("spiking_lm_triton::wkv_forward", mutates_args=())
 def _forward(
     w: Tensor,
     u: Tensor,
@@ -86,7 +86,7 @@ def _results(w: Tensor, u: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Te
 _forward.register_fake(_results)
 
 
-@torch.library.custom_op("spiking_lm::wkv_backward", mutates_args=())
+@torch.library.custom_op("spiking_lm_triton::wkv_backward", mutates_args=())
 def _backward(
     w: Tensor,
     u: Tensor,

@@ -20,11 +20,14 @@ from triton_aot import INTERPRETING
 
 from spiking_lm import kernels
 from spiking_lm.config import SurrogateConfig
+from spiking_lm.errors import UsageError
+from spiking_lm.gif import gif_quantize
+from spiking_lm.schemes import ActivationScheme, SalientChannels
 
 if not INTERPRETING:
     pytest.skip("needs a process of its own: test_processes.py starts it", allow_module_level=True)
 
-from spiking_lm_triton import lif
+from spiking_lm_triton import egru, gif, lif, linear
 from spiking_lm_triton import wkv as wkv_module
 
 HALF = {torch.float32: 1e-6, torch.bfloat16: 1 / 64, torch.float16: 1 / 512}
@@ -268,6 +271,252 @@ def test_wkv_lets_nan_through() -> None:
     both("wkv", lambda k: (kernels.wkv(torch.zeros(3), torch.zeros(3), k, k)[0],), [k])
 
 
+# -- egru_scan ---------------------------------------------------------------------------------------------------------
+
+
+def _egru(n_steps: int, batch: int, hidden: int) -> list[Tensor]:
+    shapes = (n_steps, batch, 3 * hidden), (hidden, 3 * hidden), (3 * hidden,), (batch, hidden), (batch, hidden)
+    a, kernel, bias, c0, y0 = (normal(i, *s) for i, s in enumerate(shapes))
+    return [a, kernel / hidden**0.5, bias / 3, 0.2 * normal(9, hidden).abs(), c0, y0]
+
+
+@pytest.mark.parametrize(
+    ("shape", "mode"),
+    [((3, 2, 5), "free"), ((4, 1, 130), "zoneout"), ((3, 2, 7), "keep"), ((1, 1, 1), "free"), ((0, 2, 3), "free"),
+     ((2, 0, 3), "free")],
+    ids=str,
+)  # fmt: skip
+def test_egru_is_its_definition(shape: tuple[int, int, int], mode: str) -> None:
+    keep = (normal(11, *shape) > -0.5).float() if mode == "keep" else None
+
+    def call(*leaves: Tensor) -> Any:
+        zoneout = 0.2 if mode == "zoneout" else 0.0
+        return kernels.egru_scan(*leaves, gamma=0.7, epsilon=1.0, keep=keep, zoneout=zoneout)
+
+    y, _, o = both("egru_scan", call, _egru(*shape), tolerance=2e-6)
+    if y.numel() > 20:
+        assert 0 < o.mean() < 1, "some fire and some do not"
+
+
+def test_egru_from_one_output_and_any_layout() -> None:
+    leaves = _egru(3, 2, 5)
+    leaves[0] = leaves[0].transpose(0, 2).contiguous()
+
+    def call(a: Tensor, kernel: Tensor, bias: Tensor, theta: Tensor) -> Any:
+        return (kernels.egru_scan(a.transpose(0, 2), kernel, bias, theta, gamma=0.7, epsilon=1.0)[0],)
+
+    both("egru_scan", call, leaves[:4], tolerance=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_egru_in_half_precision(dtype: torch.dtype) -> None:
+    leaves = _egru(3, 2, 40)
+    leaves[0] = leaves[0].to(dtype)
+    y, c, o = both("egru_scan", lambda *t: kernels.egru_scan(*t, gamma=0.7, epsilon=1.0), leaves, tolerance=HALF[dtype])
+    assert y.dtype == c.dtype == o.dtype == torch.float32
+
+
+# -- gif_linear --------------------------------------------------------------------------------------------------------
+
+
+def _scheme(bits: int, steps: int, **options: Any) -> ActivationScheme:
+    return ActivationScheme(bits=bits, salient=SalientChannels(rate=0.1, steps=steps) if steps > 1 else None, **options)
+
+
+def _charges(rows: int, channels: int) -> Tensor:
+    """Tokens of every kind: around zero, constant, away from zero, silent, with an outlier."""
+    x = normal(0, rows, channels)
+    x[1::5] = 2.5
+    x[2::5] += 9
+    x[3::5] = 0
+    x[4::5, 0] = 60
+    return x
+
+
+@pytest.mark.parametrize("channels", [1, 33, 1030])
+@pytest.mark.parametrize("bits", [2, 4, 8, 16])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_gif_is_its_definition(bits: int, steps: int, channels: int) -> None:
+    """Equal to float32's definition, gradients included."""
+    salient = normal(3, channels) > 1 if steps > 1 else None
+    x = torch.stack([_charges(5, channels), normal(1, 5, channels)])
+    scheme = _scheme(bits, steps, spikes="signed" if bits < 8 else "unsigned")
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
+        return (kernels.gif_linear(x, weight, bias, scheme, salient if bits < 16 else None),)
+
+    both("gif_linear", call, [x, normal(4, 7, channels), normal(5, 7)], tolerance=5e-6)
+
+
+@pytest.mark.parametrize("grid", ["exact", "reference"])
+def test_gif_with_static_scales(grid: Any) -> None:
+    scheme = _scheme(3, 2, scale="static", grid=grid)
+    x, scale = 2 * normal(0, 4, 21), torch.tensor([-2.0, 3.0])
+
+    def call(x: Tensor, weight: Tensor) -> Any:
+        return (kernels.gif_linear(x, weight, None, scheme, normal(2, 21) > 0.5, scale),)
+
+    both("gif_linear", call, [x, normal(1, 6, 21)], tolerance=5e-6)
+
+
+def test_gif_rounds_half_to_even_as_the_definition_does() -> None:
+    """A grid of whole numbers and tokens of halves, then what is broken: values are equal to the bit."""
+    x = torch.arange(0, 15.5, 0.5).repeat(3, 1)
+    x[1] = -x[1]
+    x[2] = x[2] * 3 + 1000
+    got = gif._quantize(x, None, None, 15, 15)
+    assert torch.equal(got, gif_quantize(x, _scheme(4, 1)))
+    assert got[0, :4].tolist() == [0, 0, 1, 2]
+
+
+@BROKEN
+def test_gif_keeps_what_is_broken() -> None:
+    x = normal(0, 3, 9)
+    x[1, 4] = float("nan")
+    x[2, 5] = float("inf")
+    got = gif._quantize(x, None, None, 15, 15)
+    assert got[0].isfinite().all()
+    assert got[1:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gif_in_half_precision(dtype: torch.dtype) -> None:
+    """The grid is found in float32; the product is torch's in the type of the inputs."""
+    x, weight = normal(0, 5, 40).to(dtype), normal(1, 6, 40).to(dtype)
+    with kernels.use(gif_linear="triton"):
+        got = kernels.gif_linear(x, weight, None, _scheme(4, 1))
+    expected = gif_quantize(x.float(), _scheme(4, 1)) @ weight.float().T
+    assert got.dtype == dtype
+    close(got, expected, HALF[dtype])
+
+
+@pytest.mark.parametrize("mode", ["spike", "binary"])
+def test_gif_leaves_other_views_to_torch(mode: Any) -> None:
+    scheme, x, weight = _scheme(4, 1), normal(0, 2, 5), normal(1, 3, 5)
+    reasons = dict(kernels.explain_choice("gif_linear", x, weight, None, scheme, mode=mode))
+    assert "torch does that" in str(reasons["triton"])
+    assert kernels.gif_linear(x, weight, None, scheme, mode=mode).shape == (2, 3)
+
+
+@pytest.mark.parametrize("spikes", ["signed", "unsigned"])
+@pytest.mark.parametrize(("rows", "steps"), [(5, 1), (5, 2), (70, 1), (70, 2)])
+def test_gif_on_int8_weights(rows: int, steps: int, spikes: Any) -> None:
+    """Whole numbers times whole numbers: what float64 makes of the same codes, but for the scaling of the sums."""
+    scheme, channels = _scheme(4, steps, spikes=spikes), 150
+    salient = normal(3, channels) > 1 if steps > 1 else None
+    x, scale, bias = _charges(rows, channels), normal(1, 37).abs(), normal(2, 37)
+    codes = torch.randint(-128, 128, (37, channels), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    got = gif.gif_int8_linear(x.view(5, -1, channels), codes, scale, bias, scheme, salient)
+    values = gif_quantize(x, scheme, salient).double()
+    expected = values @ (codes * scale[:, None].double()).T + bias
+    assert got.shape == (5, rows // 5, 37)
+    close(got.flatten(0, 1), expected.float(), 2e-6)
+
+
+def test_gif_on_int8_weights_refuses_what_int8_cannot_hold() -> None:
+    codes = torch.zeros(3, 4, dtype=torch.int8)
+    with pytest.raises(UsageError, match="counts reach 255"):
+        gif.gif_int8_linear(normal(0, 2, 4), codes, torch.ones(3), None, _scheme(8, 1))
+    with pytest.raises(UsageError, match="int8 codes"):
+        gif.gif_int8_linear(normal(0, 2, 4), codes.float(), torch.ones(3), None, _scheme(4, 1))
+
+
+# -- products of one token ---------------------------------------------------------------------------------------------
+
+ONE_TOKEN = ("spike_linear", "int8_linear", "pack_spikes", "packed_linear", "ternary_linear")
+
+
+def forced(implementation: str) -> Any:
+    return kernels.use(**dict.fromkeys(ONE_TOKEN, implementation))
+
+
+@pytest.mark.parametrize("name", [f"mm_{i:02d}" for i in range(6)])
+def test_products_golden(shared: Path, name: str) -> None:
+    data = np.load(shared / "golden" / "kernels" / f"{name}.npz")
+    s, weight, bias = torch.tensor(data["s"]), torch.tensor(data["W"]), torch.tensor(data["bias"])
+    planes = torch.tensor(np.stack([data["W_plus_bits"], data["W_minus_bits"]]).astype(np.uint32).view(np.int32))
+    signs = torch.tensor(np.stack([data["s_pos_bits"], data["s_neg_bits"]], 1).astype(np.uint32).view(np.int32))
+    scale = torch.tensor(data["row_scale"])
+    with forced("triton"):
+        y = kernels.spike_linear(s.float(), weight.t().contiguous(), bias)
+        ternary = kernels.ternary_linear(s.float(), planes, torch.ones_like(scale))
+        if int(s.abs().max()) <= 1:
+            assert torch.equal(kernels.pack_spikes(s.float(), 2), signs)
+            scaled = kernels.packed_linear(signs, planes, scale)
+            np.testing.assert_allclose(scaled.numpy(), data["y_ternary_scaled"], rtol=1e-6)
+    bound = 1e-5 * np.sqrt(np.diff(data["active_ptr"]).max() + 1) * np.abs(data["W"]).sum(1).max()
+    np.testing.assert_allclose(y.numpy(), data["y"], rtol=0, atol=bound)
+    np.testing.assert_array_equal(ternary.numpy(), data["y_ternary_int"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("lead", "sources", "targets"), [((), 70, 33), ((2, 3), 33, 5), ((1,), 1, 1), ((2,), 1300, 130), ((0,), 4, 3)]
+)
+def test_products_are_their_definition(lead: tuple[int, ...], sources: int, targets: int, dtype: torch.dtype) -> None:
+    x = (normal(0, *lead, sources) * (normal(1, *lead, sources) > 0.8)).to(dtype)
+    weight, bias, scale = normal(2, sources, targets).to(dtype), normal(3, targets).to(dtype), normal(4, targets).abs()
+    codes = torch.randint(-127, 128, (targets, sources), dtype=torch.int8, generator=torch.Generator().manual_seed(5))
+    planes = kernels.pack_ternary(codes.sign() * (codes.abs() > 60))
+    results = []
+    for implementation in ("reference", "triton"):
+        exact = implementation == "reference"  # the definition in float32, as that is what kernels sum in
+        real = (lambda t: t.float()) if exact else (lambda t: t)
+        with forced(implementation):
+            words = [kernels.pack_spikes(x.sign(), 2), kernels.pack_spikes((x > 0).to(dtype), 1)]
+            results.append(
+                [
+                    kernels.spike_linear(real(x), real(weight), real(bias)),
+                    kernels.spike_linear(real(x), real(weight)),
+                    kernels.int8_linear(real(x), codes, scale, real(bias)),
+                    kernels.ternary_linear(real(x), planes, scale),
+                    kernels.packed_linear(words[0], planes, scale, bias.float()),
+                    kernels.packed_linear(words[1], planes, scale),
+                    *words,
+                ]
+            )
+    for expected, got in zip(*results, strict=True):
+        close(got, expected, max(HALF[dtype], 2e-6) if got.is_floating_point() else 0.0)
+    assert results[1][0].dtype == results[1][2].dtype == results[1][3].dtype == dtype
+
+
+@pytest.mark.parametrize("density", [0.0, 1.0])
+def test_all_silent_and_all_active(density: float) -> None:
+    x, weight, bias = torch.full((2, 90), density), normal(0, 90, 40), normal(1, 40)
+    with forced("triton"):
+        got = kernels.spike_linear(x, weight, bias)
+    close(got, x @ weight + bias, 2e-6)
+    assert density or torch.equal(got, bias.expand(2, 40))
+
+
+def test_sums_do_not_depend_on_the_run_nor_on_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = normal(0, 1, 2000) * (normal(1, 1, 2000) > 0), normal(2, 2000, 40)
+    assert linear.parts(1, 2000, 40) > 1
+    with forced("triton"):
+        first, second = (kernels.spike_linear(x, weight) for _ in range(2))
+        monkeypatch.setattr(linear, "MOST_PARTS", 1)
+        alone = kernels.spike_linear(x, weight)
+    assert torch.equal(first, second)
+    close(alone, first, 2e-6)
+
+
+@pytest.mark.parametrize(("rows", "targets", "most"), [(1, 128, 16), (1, 4096, 8), (16, 65536, 1), (1, 1, 16)])
+def test_shares_keep_the_processors_busy(rows: int, targets: int, most: int) -> None:
+    assert linear.parts(rows, 65536, targets) == most
+    assert linear.parts(rows, 1, targets) == 1, "a short sum is not cut"
+
+
+def test_many_rows_are_left_to_dense_products() -> None:
+    answers = dict(kernels.explain_choice("spike_linear", torch.ones(17, 4), torch.ones(4, 3)))
+    assert "more than 16 rows" in str(answers["triton"])
+    words = torch.ones(17, 1, 2, dtype=torch.int32)
+    planes = torch.ones(2, 3, 2, dtype=torch.int32)
+    answers = dict(kernels.explain_choice("packed_linear", words, planes, torch.ones(3)))
+    assert "more than 16 rows" in str(answers["triton"])
+    answers = dict(kernels.explain_choice("spike_linear", torch.ones(1, 4).double(), torch.ones(4, 3).double()))
+    assert "float64" in str(answers["triton"])
+
+
 # -- as seen by torch.compile ------------------------------------------------------------------------------------------
 
 
@@ -279,6 +528,19 @@ def test_operators_keep_torchs_rules() -> None:
     w, u, k, v = normal(0, 6), normal(1, 6), normal(2, 2, 5, 6), normal(3, 2, 5, 6)
     leaves = [t.requires_grad_() for t in (w, u, k, v, *_state(2, 6)[:2])]
     torch.library.opcheck(wkv_module._forward, (*leaves, _state(2, 6)[2], True))
+    inputs = [t.requires_grad_() for t in _egru(2, 2, 3)]
+    torch.library.opcheck(egru._forward, (*inputs, None, 0.0, 0.7, 1.0, True))
+    charges = normal(0, 3, 9).requires_grad_()
+    torch.library.opcheck(gif._quantize, (charges, normal(1, 9) > 0, None, 15, 60))
+    codes, scale = torch.ones(4, 9, dtype=torch.int8), torch.ones(4)
+    torch.library.opcheck(gif._int8, (normal(0, 3, 9), codes, scale, None, None, None, 15, 15, True))
+    planes = torch.ones(2, 4, 1, dtype=torch.int32)
+    x, words = normal(0, 2, 9), torch.ones(2, 1, 1, dtype=torch.int32)
+    torch.library.opcheck(linear._spike_linear, (x, normal(1, 9, 4), None))
+    torch.library.opcheck(linear._int8_linear, (x, codes, scale, scale))
+    torch.library.opcheck(linear._pack_spikes, (x, 2))
+    torch.library.opcheck(linear._packed_linear, (words, planes, scale, None))
+    torch.library.opcheck(linear._ternary_linear, (x, planes, scale, None))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -286,9 +548,11 @@ def test_compiled_graphs_are_whole(backend: str) -> None:
     def model(x: Tensor, k: Tensor, v: Tensor) -> Tensor:
         spikes, _ = lif.lif_scan(x, None, **LIF, surrogate=surrogate, final_only=True)
         y, _ = wkv_module.wkv(torch.zeros(6), torch.ones(6), k, v)
-        return spikes.sum() + (y * y).sum()
+        events, _, _ = egru.egru_scan(k, v[0, :2, :1] * ones, ones[0], ones[0, :2], gamma=0.7, epsilon=1.0)
+        charges = gif._quantize(k, None, None, 15, 15)
+        return spikes.sum() + (y * y).sum() + events.sum() + (charges * v).sum()
 
-    surrogate = SurrogateConfig()
+    surrogate, ones = SurrogateConfig(), torch.full((2, 6), 0.3)
     leaves = [2 * normal(0, 5, 2, 6), normal(1, 2, 5, 6), normal(2, 2, 5, 6)]
     inputs = [t.clone().requires_grad_() for t in leaves]
     expected = torch.autograd.grad(model(*inputs), inputs)
