@@ -22,7 +22,7 @@ from spiking_lm.graph import LMGraph, Op
 from spiking_lm.interfaces import EGRUDynamics, LMOutput, SpikeSite, SpikingLanguageModel, State
 from spiking_lm.watch import check_range
 from spiking_lm_egru.config import EGRUConfig
-from spiking_lm_egru.functional import EGRUState
+from spiking_lm_egru.functional import TRACE_DECAY, EGRUState
 from spiking_lm_egru.module import EGRU
 
 GATES = {"egru": 3, "gru": 3, "lstm": 4}
@@ -335,7 +335,8 @@ def _ops(config: EGRUConfig) -> list[Op]:
                     "graded",
                     n_out,
                     parameters={"threshold": f"{name}.thr"},
-                    dynamics=EGRUDynamics(n_out, config.zoneout),
+                    dynamics=EGRUDynamics(n_out, config.zoneout, TRACE_DECAY),
+                    state=tuple((layer, name) for name in EGRUState._fields),
                     other_ops=cost + (3 * n_out if config.zoneout else 0),
                 )
             )

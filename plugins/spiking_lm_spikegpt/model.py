@@ -422,6 +422,7 @@ def _ops(model: SpikeGPT) -> list[Op]:
             {} if firing.gain is None else {x: f"blocks.{block.layer}.neurons.{site}.{x}" for x in ("gain", "bias")}
         )
         more: dict[str, Any] = {"module": module, "parameters": learned, "dynamics": _dynamics(firing.neuron)}
+        more["state"] = ((block.layer, "neurons", site),)
         ops = (4 + len(learned)) * firing.size
         return add(name, "neuron", (source,), firing.neuron.spike_kind, firing.size, other_ops=ops, **more)
 
@@ -448,11 +449,10 @@ def _ops(model: SpikeGPT) -> list[Op]:
             normed = norm(f"blocks.{i}.{norm_name}", x)
             mix = getattr(block, mix_name)
 
-            def shifted(which: str, p: str = p, normed: str = normed) -> str:
+            def shifted(which: str, p: str = p, normed: str = normed, last: Any = (i, f"{mix_name}_shift")) -> str:
                 mix = {"mix": f"{p}.time_mix_{which}"}
-                dynamics = TokenShiftDynamics()
-                name = f"{p}.shift_{which}"
-                return add(name, "token_shift", (normed,), parameters=mix, dynamics=dynamics, other_ops=3 * size)
+                more: dict[str, Any] = {"dynamics": TokenShiftDynamics(), "other_ops": 3 * size}
+                return add(f"{p}.shift_{which}", "token_shift", (normed,), parameters=mix, state=(last,), **more)
 
             key = linear(block, mix_name, "key", shifted("k"))
             if isinstance(mix, TimeMix):
@@ -460,7 +460,9 @@ def _ops(model: SpikeGPT) -> list[Op]:
                 gate = linear(block, mix_name, "receptance", shifted("r"))
                 times = {"decay": f"{p}.time_decay", "first": f"{p}.time_first"}
                 dynamics = None if block.rescale else WKVDynamics()  # the graph knows nothing of halvings
-                memory = add(f"{p}.wkv", "wkv", (key, value), parameters=times, dynamics=dynamics, other_ops=20 * size)
+                sums = tuple((i, "wkv", part) for part in range(3))
+                more: dict[str, Any] = {"dynamics": dynamics, "state": sums, "other_ops": 20 * size}
+                memory = add(f"{p}.wkv", "wkv", (key, value), parameters=times, **more)
                 gated = add(f"{p}.gate", "elementwise", (memory, gate), dynamics=gating, other_ops=5 * size)
                 out = linear(block, mix_name, "output", gated)
             else:

@@ -45,6 +45,9 @@ class Op:
     """What it computes, for backends: of a ``neuron`` e.g. :class:`~spiking_lm.interfaces.EGRUDynamics`, of a
     ``linear`` that reads counts of spikes :class:`~spiking_lm.integers.SpikeProduct`, of others a class of
     :mod:`spiking_lm.host`."""
+    state: tuple[tuple[int | str, ...], ...] = ()
+    """Where the model's state has what the op remembers: paths of indices, fields and keys, each to a tensor (B, n).
+    Neurons with membranes have one; ``token_shift`` the last token's input, which several may share; ``wkv`` three."""
     other_ops: int = 0
     """Arithmetic per token that NeuroBench does not count (norms, WKV, mixes, gates), in elementary operations; of one
     spike step, where a token takes several."""

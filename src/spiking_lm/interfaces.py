@@ -300,10 +300,12 @@ class EGRUDynamics:
         c_t = p_t - threshold [p_t > threshold]
 
     ``parameters`` of the op names the ``threshold``, (H,), in the model's state dict; it holds as clipped to [0, 1].
+    ``state`` of the op are c, y, the trace of y, ``trace_decay trace + (1 - trace_decay) y``, and [p_t > threshold].
     """
 
     hidden_size: int
     zoneout: float = 0.0
+    trace_decay: float = 0.9
 
 
 @dataclass(frozen=True)

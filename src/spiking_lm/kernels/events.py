@@ -8,41 +8,166 @@ are active.
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from spiking_lm.errors import UsageError
 from spiking_lm.kernels import products
 from spiking_lm.kernels.dispatch import traced
 
-GEMM_RATE = 150e9
-"""Floating-point operations per second of a dense product, per thread."""
-STREAM_RATE = 20e9
-"""Bytes per second of weights read from end to end, out of memory."""
-CACHE_RATE = 70e9
-"""Bytes per second of weights read from end to end, when they fit in ``CACHE``."""
-CACHE = 2**20
-"""Bytes of the second-level cache, where the weights of a small layer stay from step to step."""
-GATHER_RATE = 25e9
-"""Bytes per second of weights read row by row."""
-OVERHEAD = 8e-6
-"""Seconds that an event product takes beside its reads: to list the active sources and to call the gather."""
+ENVIRONMENT = "SPIKING_LM_RATES"
 
 
-def cheaper_product(rows: int, sources: int, targets: int, active: int, itemsize: int = 4) -> Literal["dense", "event"]:
+@dataclass(frozen=True)
+class Rates:
+    """How fast this machine multiplies, per thread; the defaults are those of a recent server processor."""
+
+    gemm: float = 150e9
+    """Floating-point operations per second of a dense product of many rows."""
+    stream: float = 20e9
+    """Bytes per second of float weights read from end to end, out of memory."""
+    cached: float = 70e9
+    """Bytes per second of weights read from end to end, when they fit in ``cache``."""
+    cache: float = 2**20
+    """Bytes of the second-level cache, where the weights of a small layer stay from step to step."""
+    gather: float = 25e9
+    """Bytes per second of float weights read row by row."""
+    int8_stream: float = 20e9
+    """Bytes per second of int8 weights read from end to end."""
+    int8_gather: float = 10e9
+    """Bytes per second of int8 weights read row by row."""
+    packed: float = 15e9
+    """Bytes per second of packed ternary weights, by counting bits."""
+    overhead: float = 8e-6
+    """Seconds that an event product takes beside its reads: to list the active sources and to call the gather."""
+
+
+DEFAULT_RATES = Rates()
+
+
+def cheaper_product(
+    rows: int, sources: int, targets: int, active: int, itemsize: int = 4, rates: Rates = DEFAULT_RATES
+) -> Literal["dense", "event"]:
     """Return which product costs less, ``(rows, sources) x (sources, targets)`` with ``active`` nonzero inputs.
 
-    Dense: ``2 rows sources targets`` operations at ``GEMM_RATE``, but never less than reading all weights once.
-    Event: ``active`` rows of weights at ``GATHER_RATE``, and ``OVERHEAD``. ``itemsize`` is in bytes per weight.
-    The rates are those of a thread of a recent server processor; being wrong by half costs little, because the two
-    differ little where the choice turns.
+    Dense: ``2 rows sources targets`` operations at the rate of a GEMM, but never less than reading all weights once.
+    Event: ``active`` rows of weights at the rate of a gather, and its overhead. ``itemsize`` is in bytes per weight.
+    Being wrong by half costs little, because the two differ little where the choice turns.
     """
     weights = sources * targets * itemsize
-    stream_rate = CACHE_RATE if weights <= CACHE else STREAM_RATE
-    dense = max(2 * rows * sources * targets / GEMM_RATE, weights / stream_rate)
-    event = active * targets * itemsize / GATHER_RATE + OVERHEAD
+    stream_rate = rates.cached if weights <= rates.cache else rates.stream
+    dense = max(2 * rows * sources * targets / rates.gemm, weights / stream_rate)
+    event = active * targets * itemsize / rates.gather + rates.overhead
     return "event" if event < dense else "dense"
+
+
+def form_costs(sources: int, targets: int, active: float, rates: Rates) -> dict[str, float]:
+    """Return the seconds that a product of one row takes, by how its weights lie; ``active`` sources are not silent."""
+    weights, read = sources * targets, active * targets
+    return {
+        "rows": 4 * weights / rates.stream,
+        "sources": 4 * read / rates.gather + rates.overhead,
+        "int8 rows": weights / rates.int8_stream,
+        "int8 sources": read / rates.int8_gather + rates.overhead,
+        "packed": weights / 4 / rates.packed,
+    }
+
+
+def cheaper_form(sources: int, targets: int, active: float, forms: Sequence[str], rates: Rates) -> str:
+    """Return the form of least cost among ``forms``, the first of them when it is a draw."""
+    costs = form_costs(sources, targets, active, rates)
+    return min(forms, key=costs.__getitem__)
+
+
+@lru_cache(maxsize=1)
+def rates() -> Rates:
+    """Return the rates of this machine, measured once per process, in some milliseconds.
+
+    ``SPIKING_LM_RATES=default`` takes the built-in ones, and ``="gather=2e10,stream=3e10"`` sets some of them: what is
+    chosen by them is then the same in every process. Raises: UsageError for what it does not understand.
+    """
+    setting = os.environ.get(ENVIRONMENT, "")
+    if setting == "default":
+        return DEFAULT_RATES
+    if setting:
+        return replace(DEFAULT_RATES, **_parse(setting))
+    return replace(DEFAULT_RATES, **_measured())
+
+
+def _parse(setting: str) -> dict[str, float]:
+    known = {field.name for field in fields(Rates)}
+    found = {}
+    for part in setting.split(","):
+        name, _, value = part.partition("=")
+        try:
+            found[name.strip()] = float(value)
+        except ValueError:
+            found = {}
+        if not found or not known >= set(found) or min(found.values()) <= 0:
+            raise UsageError(
+                f"environment variable {ENVIRONMENT}: cannot read {part!r}",
+                hint=f"write 'default' or for example 'gather=2e10,stream=3e10'; rates are {', '.join(sorted(known))}",
+            )
+    return found
+
+
+_SIDE, _COPIES = 512, 8
+"""Matrices that are measured: 1 MiB of floats each, and 8 MiB of them, more than a core's own caches hold."""
+
+
+def _measured() -> dict[str, float]:
+    """Time each kind of product on matrices that are not in the core's own caches."""
+    weights = torch.ones(_COPIES, _SIDE, _SIDE)
+    x, floats, codes = torch.ones(_SIDE), list(weights), list(weights.view(torch.int8).view(-1, _SIDE, _SIDE))
+    half = x * (torch.arange(_SIDE) % 2)
+    total, nothing = weights.numel() * 4, torch.zeros(_SIDE)
+    try:
+        from spiking_lm.kernels import jit_linear as jit
+    except (ImportError, AttributeError, OSError):  # without compiled code there are only torch's products of floats
+        stream = _seconds([lambda w=w: torch.mv(w, x) for w in floats])  # type: ignore[misc]
+        gather = _seconds([lambda w=w: event_linear(half[None], w) for w in floats])  # type: ignore[misc]
+        none = _seconds([lambda w=w: event_linear(nothing[None], w) for w in floats])  # type: ignore[misc]
+        return {
+            "stream": total / stream,
+            "gather": total / 2 / max(gather - none, gather / 4),
+            "overhead": none / _COPIES,
+        }
+    y, a, b, none_active = torch.empty(_SIDE).numpy(), x.numpy(), half.numpy(), nothing.numpy()
+    active = torch.empty(_SIDE + 1, dtype=torch.int64).numpy()
+    words = torch.ones(1, _SIDE // 32, dtype=torch.int32).numpy()
+    planes = list(weights.view(torch.int8).view(-1, _SIDE * _SIDE // 4))
+
+    def timed(matrices: list[Tensor], kernel: Callable[..., None], *args: object) -> float:
+        return _seconds([lambda at=m.data_ptr(): kernel(at, *args) for m in matrices])  # type: ignore[misc]
+
+    none = timed(floats, jit.sources_float, none_active, y, active)
+    return {
+        "stream": total / timed(floats, jit.rows_float, a, y),
+        "gather": total / 2 / timed(floats, jit.sources_float, b, y, active),
+        "int8_stream": total / timed(codes, jit.rows_int8, a, y),
+        "int8_gather": total / 2 / timed(codes, jit.sources_int8, b, y, active),
+        "packed": total / timed(planes, jit.packed, words, y),
+        "overhead": none / _COPIES,
+    }
+
+
+def _seconds(jobs: Sequence[Callable[[], object]]) -> float:
+    """Return the least time that all jobs took in three rounds; one beforehand is not counted."""
+    least = float("inf")
+    for round_ in range(4):
+        start = time.perf_counter()
+        for job in jobs:
+            job()
+        if round_:
+            least = min(least, time.perf_counter() - start)
+    return least
 
 
 def event_linear(x: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -57,23 +182,24 @@ def event_linear(x: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Ten
 def product(x: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return ``x (B, N) @ weight_t (N, M) + bias`` by whichever product is cheaper for these values, without gradients.
 
-    On devices other than the CPU, and in half precision, it is the dense one.
+    On devices other than the CPU, and in half precision, it is the dense one. For one row the measured rates decide.
     """
     with torch.no_grad():
-        return _cheaper(x, weight_t, bias)
+        return _cheaper(x, weight_t, bias, rates() if len(x) == 1 else DEFAULT_RATES)
 
 
 def linear(x: Tensor, weight_t: Tensor, bias: Tensor) -> Tensor:
     """Return ``x (B, N) @ weight_t (N, M) + bias`` by whichever product is cheaper for these values.
 
-    Where gradients are recorded, on devices other than the CPU, and in half precision it is the dense one.
+    Where gradients are recorded, on devices other than the CPU, and in half precision it is the dense one. It is the
+    built-in rates that decide: what models compute does not depend on a measurement.
     """
     if torch.is_grad_enabled() and (x.requires_grad or weight_t.requires_grad or bias.requires_grad):
         return products.linear(x, weight_t, bias)
-    return _cheaper(x, weight_t, bias)
+    return _cheaper(x, weight_t, bias, DEFAULT_RATES)
 
 
-def _cheaper(x: Tensor, weight_t: Tensor, bias: Tensor | None) -> Tensor:
+def _cheaper(x: Tensor, weight_t: Tensor, bias: Tensor | None, rates: Rates) -> Tensor:
     rows, (sources, targets), size = x.shape[0], weight_t.shape, weight_t.element_size()
     if (
         not traced()  # what is cheaper for some values is not part of a graph
@@ -81,10 +207,10 @@ def _cheaper(x: Tensor, weight_t: Tensor, bias: Tensor | None) -> Tensor:
         and x.dtype == weight_t.dtype
         and x.device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
-        and cheaper_product(rows, sources, targets, 0, size) == "event"  # else it is not worth looking
+        and cheaper_product(rows, sources, targets, 0, size, rates) == "event"  # else it is not worth looking
     ):
         active = x.nonzero()
-        if cheaper_product(rows, sources, targets, active.shape[0], size) == "event":
+        if cheaper_product(rows, sources, targets, active.shape[0], size, rates) == "event":
             return _gather(x, active, weight_t, bias)
     return products.product(x, weight_t) if bias is None else products.linear(x, weight_t, bias)
 
