@@ -8,6 +8,7 @@ generation then goes by ``model.step``.
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Literal, cast
 
 import torch
@@ -39,6 +40,10 @@ WATCHED = 16
 """Tokens after which it is known how active the sources of a matrix are, and its form is chosen."""
 
 
+LARGE = 2**22
+"""Weights from which it is worth it to import, and on the first day to compile, the compiled engine."""
+
+
 class _Refused(Exception):
     """The graph holds something that is not decoded here."""
 
@@ -57,14 +62,17 @@ def prepare(model: SpikingLanguageModel, *, weights: Weights = "float", engine: 
 
     ``weights="float"`` computes what ``model.step`` does, up to the order of sums, and reads the model's own matrices.
     ``"int8"`` reads a quarter of the bytes: codes with a scale per row of each matrix. ``engine`` is ``"compiled"``
-    (with the extra ``cpu``) or ``"torch"``; None: the first that can run. Raises: UsageError with the reason where the
+    (with the extra ``cpu``) or ``"torch"``; None: the first that can run and, in a process that has not loaded it, is
+    worth loading: for int8, and for models of :data:`LARGE` weights. Raises: UsageError with the reason where the
     model cannot be prepared, or the engine cannot run.
     """
     if weights not in ("float", "int8") or engine not in ("compiled", "torch", None):
         raise UsageError(
             f"prepare: weights is 'float' or 'int8', engine 'compiled' or 'torch': {weights!r}, {engine!r}"
         )
-    missing = not_compiled()
+    loaded = "spiking_lm.kernels.jit_decode" in sys.modules
+    worth_it = loaded or engine is not None or weights == "int8" or model.num_parameters() >= LARGE
+    missing = not_compiled() if worth_it else "it is not worth loading"
     if engine == "compiled" and missing is not None:
         raise UsageError(f"compiled decoding cannot run here: {missing}")
     try:
@@ -146,7 +154,7 @@ class Decoder:
 
     def _choose_forms(self) -> None:
         """Give each matrix whose sources were counted the form that costs least for so many."""
-        rates, changed = events.rates(), False
+        rates, changed = events.rates(compiled=self.engine == "compiled"), False
         for at, step in enumerate(self.plan.instructions):
             if step.watched and step.matrix is not None:
                 changed |= step.matrix.choose(float(self._run.counts[at]) / self._fed, rates)

@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from spiking_lm.decoding import Decoder, Weights, prepare
 from spiking_lm.errors import UsageError
 from spiking_lm.interfaces import SpikingLanguageModel, State, longest_text
 from spiking_lm.stages import GenerateConfig
@@ -63,22 +65,68 @@ def iterate(
     top_p: float = 1.0,
     seed: int | None = None,
     state: State | None = None,
+    weights: Weights | None = None,
 ) -> Iterator[tuple[Tensor, State]]:
     """Yield new tokens ``(B,)`` without end, each with the state *before* it was fed, after ``prompt_ids (B, S)``.
 
-    ``seed`` None draws from torch's global generator.
+    ``seed`` None draws from torch's global generator. ``weights`` are as in :func:`generate`.
     """
+    for token, state_now in _draw(model, prompt_ids, temperature, top_k, top_p, seed, state, weights):
+        yield token, state_now()
+
+
+def _draw(
+    model: SpikingLanguageModel,
+    prompt_ids: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    seed: int | None,
+    state: State | None,
+    weights: Weights | None,
+) -> Iterator[tuple[Tensor, Callable[[], State]]]:
+    """Yield new tokens ``(B,)``, each with what gives the state before it was fed, if asked before the next one."""
     if prompt_ids.numel() == 0:
         raise UsageError("the prompt is empty", hint="give at least one token, for instance a word")
     generator = None if seed is None else torch.Generator(prompt_ids.device).manual_seed(seed)
     with evaluating(model):
         output = model(prompt_ids, state)
         logits, state = output.logits[:, -1], output.state
+        decoder: Decoder | None = None
+        tried = False
         while True:
-            weights = sampling_weights(logits, temperature, top_k, top_p)
-            token = torch.multinomial(weights, 1, generator=generator)[:, 0] if temperature else weights.argmax(-1)
-            yield token, state
-            logits, state = model.step(token, state)
+            if temperature == 0:
+                token = logits.argmax(-1)
+            else:
+                chances = sampling_weights(logits, temperature, top_k, top_p)
+                token = torch.multinomial(chances, 1, generator=generator)[:, 0]
+            yield token, decoder.state if decoder is not None else partial(_same, state)
+            if not tried:  # not before a second token is asked for
+                decoder, tried = _prepared(model, len(prompt_ids), weights), True
+                if decoder is not None:
+                    decoder.load(state)
+            if decoder is not None:
+                logits = decoder.feed(int(token))[None]
+            else:
+                logits, state = model.step(token, state)
+
+
+def _prepared(model: SpikingLanguageModel, rows: int, weights: Weights | None) -> Decoder | None:
+    """Return what decodes one stream, or None where the model itself has to; ``weights`` that are asked for insist."""
+    if weights is not None and rows != 1:
+        raise UsageError(f"prepared weights are for one stream, not for {rows} rows", hint="leave weights out")
+    if rows != 1:
+        return None
+    try:
+        return prepare(model, weights=weights or "float")
+    except UsageError:
+        if weights is not None:
+            raise
+        return None
+
+
+def _same(state: State) -> State:
+    return state
 
 
 def generate(
@@ -92,11 +140,14 @@ def generate(
     seed: int | None = None,
     stream: Callable[[Tensor], None] | None = None,
     state: State | None = None,
+    weights: Weights | None = None,
 ) -> Tensor:
     """Continue ``prompt_ids`` ``(S,)`` or ``(B, S)`` by ``max_new_tokens``; return prompt and continuation together.
 
     ``state`` is what went before the prompt, for instance ``model.read(source, lengths)``; None: nothing.
     ``stream`` is called with each new token (``()`` or ``(B,)``) as it is drawn. Same seed, same text.
+    ``weights`` are those that tokens after the prompt are read with (:mod:`spiking_lm.decoding`): ``"float"`` or
+    ``"int8"`` insist on prepared decoding; None takes it for one stream, in float, where the model can be prepared.
     Raises UsageError for an empty prompt, and for more tokens than the model has positions for.
     """
     prompt = torch.as_tensor(prompt_ids, dtype=torch.long, device=next(model.parameters()).device)
@@ -109,7 +160,7 @@ def generate(
             "that this model knows",
             hint=f"max_new_tokens is at most {room}" if room > 0 else "take a shorter prompt",
         )
-    tokens = iterate(model, batch, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, state=state)
+    tokens = _draw(model, batch, temperature, top_k, top_p, seed, state, weights)
     new: list[Tensor] = []
     while len(new) < max_new_tokens:
         token, _ = next(tokens)
@@ -166,6 +217,7 @@ def sample_text(
     config: GenerateConfig,
     *,
     stream: Callable[[str], None] | None = None,
+    weights: Weights | None = None,
 ) -> GenerationResult:
     """Continue ``config.prompt`` as text; ``stream`` receives each piece of text as soon as it is complete.
 
@@ -186,15 +238,7 @@ def sample_text(
         prompt = torch.tensor([[end]])
     else:
         prompt = torch.as_tensor(tokenizer.encode(config.prompt).astype("int64"))[None]
-    tokens = iterate(
-        model,
-        prompt,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        seed=config.seed,
-        state=state,
-    )
+    tokens = _draw(model, prompt, config.temperature, config.top_k, config.top_p, config.seed, state, weights)
     decoder = stream_decoder(tokenizer, [] if end is not None else prompt[0].tolist())
     room = _room(model, prompt.shape[1])
     most = config.max_new_tokens if not room else min(config.max_new_tokens, room)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from spiking_lm import create_model
+from spiking_lm import create_model, decoding, generate, generation
 from spiking_lm.decoding import WATCHED, prepare, refusal
 from spiking_lm.errors import UsageError
+from spiking_lm.generation import iterate
 from spiking_lm.interfaces import SpikingLanguageModel, map_state
 from spiking_lm.kernels import decode_run, events
 
@@ -192,21 +194,59 @@ def test_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     assert events.cheaper_form(512, 512, 512, ("rows", "sources"), slow_gather) == "rows"
     assert events.cheaper_form(512, 512, 0, ("int8 rows", "packed"), events.Rates(packed=1e15)) == "packed"
 
-    def rates(setting: str | None) -> events.Rates:
+    def rates(setting: str | None, **compiled: bool) -> events.Rates:
         events.rates.cache_clear()
         if setting is None:
             monkeypatch.delenv(events.ENVIRONMENT)
         else:
             monkeypatch.setenv(events.ENVIRONMENT, setting)
-        return events.rates()
+        return events.rates(**compiled)
 
     assert rates("default") == events.DEFAULT_RATES
     assert rates("gather=2e10, stream=3e10") == events.Rates(gather=2e10, stream=3e10)
     for wrong in ("gather", "gather=fast", "speed=1", "gather=-1"):
         with pytest.raises(UsageError, match="cannot read"):
             rates(wrong)
-    measured = rates(None)
-    assert events.rates() is measured  # once per process
+    measured = rates(None, compiled=True)
+    assert events.rates(compiled=True) is measured  # once per process
     assert all(1e8 < getattr(measured, name) < 1e13 for name in ("stream", "gather", "int8_stream", "packed"))
     assert 0 < measured.overhead < 1e-2
+    assert events.rates().int8_stream == events.DEFAULT_RATES.int8_stream != measured.int8_stream
     assert measured.gemm == events.DEFAULT_RATES.gemm
+
+
+@pytest.mark.parametrize("name", ["spikegpt", "egru"])
+def test_generation_decodes_prepared_where_it_can(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _model(name)
+    options: dict[str, Any] = {"max_new_tokens": 40, "temperature": 0.7, "seed": 3}
+    texts = {None: generate(model, [1, 2, 3], **options)}
+    steps: list[int] = []
+    step = model.step
+    monkeypatch.setattr(model, "step", lambda token, state: (steps.append(1), step(token, state))[1])
+    asked: list[str] = []
+    monkeypatch.setattr(
+        generation, "prepare", lambda model, weights: (asked.append(weights), prepare(model, weights=weights))[1]
+    )
+    for weights in (None, "float", "int8"):
+        texts[weights] = generate(model, [1, 2, 3], weights=weights, **options)
+    assert not steps
+    assert torch.equal(texts[None], texts["float"])
+    assert asked == ["float", "float", "int8"]
+    for _, state in itertools.islice(iterate(model, torch.tensor([[1, 2, 3]]), temperature=0), 5):
+        expected = state
+    with torch.no_grad():
+        greedy = generate(model, [1, 2, 3], max_new_tokens=4, temperature=0)
+        _close(expected, model(greedy[None]).state)  # the state before the token it came with
+
+    monkeypatch.setattr("spiking_lm.decoding._Lowering.check", lambda self: self.refuse())
+    monkeypatch.setattr("spiking_lm.decoding._Lowering.refuse", _refuse, raising=False)
+    assert torch.equal(generate(model, [1, 2, 3], **options), texts[None])
+    assert len(steps) == 39
+    with pytest.raises(UsageError, match="cannot be prepared for decoding: for a reason"):
+        generate(model, [1, 2, 3], weights="float", **options)
+    with pytest.raises(UsageError, match="one stream, not for 2 rows"):
+        generate(model, [[1, 2], [3, 4]], weights="int8", **options)
+
+
+def _refuse(self: object) -> None:
+    raise decoding._Refused("for a reason")

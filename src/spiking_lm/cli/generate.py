@@ -37,6 +37,12 @@ def command(
     top_p: float = TOP_P,
     seed: int = SEED,
     stop: list[str] = typer.Option([], "--stop", help="End before this text. May be repeated."),
+    weights: Any = typer.Option(
+        None,
+        "--weights",
+        metavar="float|int8",
+        help="'int8': read what follows the prompt with weights of 8 bits; 'float': insist on speed.",
+    ),
     stats: bool = typer.Option(False, "--stats", help="Say on standard error how fast, and with how many spikes."),
     json: bool = typer.Option(False, "--json", help="Print one JSON object instead of a stream of text."),
 ) -> None:
@@ -47,6 +53,8 @@ def command(
     from spiking_lm.generation import sample_text
     from spiking_lm.stages import GenerateConfig
 
+    if weights not in (None, "float", "int8"):
+        raise UsageError(f"--weights is float or int8, not {weights!r}")
     if prompt == "-":
         prompt = sys.stdin.read()
     network, tokenizer = load_model_and_tokenizer(model)
@@ -69,13 +77,13 @@ def command(
         return spikes_per_token(network, tokenizer, prompt if from_source else prompt + written)
 
     if json:
-        sample = sample_text(network, tokenizer, config)
+        sample = sample_text(network, tokenizer, config, weights=weights)
         spikes = spikes_of(sample.text)
         print_json({"prompt": prompt, **vars(sample), "spikes_per_token": spikes})
         return
     if prompt.strip() and "lm" in network.capabilities:
         write(prompt)
-    sample = sample_text(network, tokenizer, config, stream=write)
+    sample = sample_text(network, tokenizer, config, stream=write, weights=weights)
     write("\n")
     if sample.positions is not None:
         typer.echo(f"the text ends here: this model knows {sample.positions:,} positions", err=True)

@@ -12,8 +12,8 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
-from typing import Literal
+from functools import lru_cache, partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -86,9 +86,11 @@ def cheaper_form(sources: int, targets: int, active: float, forms: Sequence[str]
     return min(forms, key=costs.__getitem__)
 
 
-@lru_cache(maxsize=1)
-def rates() -> Rates:
-    """Return the rates of this machine, measured once per process, in some milliseconds.
+@lru_cache(maxsize=2)
+def rates(compiled: bool = False) -> Rates:
+    """Return the rates of this machine, of torch's products or compiled ones, measured once per process.
+
+    It takes some milliseconds.
 
     ``SPIKING_LM_RATES=default`` takes the built-in ones, and ``="gather=2e10,stream=3e10"`` sets some of them: what is
     chosen by them is then the same in every process. Raises: UsageError for what it does not understand.
@@ -98,7 +100,7 @@ def rates() -> Rates:
         return DEFAULT_RATES
     if setting:
         return replace(DEFAULT_RATES, **_parse(setting))
-    return replace(DEFAULT_RATES, **_measured())
+    return replace(DEFAULT_RATES, **(_measured_compiled() if compiled else _measured()))
 
 
 def _parse(setting: str) -> dict[str, float]:
@@ -123,38 +125,40 @@ _SIDE, _COPIES = 512, 8
 
 
 def _measured() -> dict[str, float]:
-    """Time each kind of product on matrices that are not in the core's own caches."""
+    """Time torch's products on matrices that are not in the core's own caches."""
     weights = torch.ones(_COPIES, _SIDE, _SIDE)
-    x, floats, codes = torch.ones(_SIDE), list(weights), list(weights.view(torch.int8).view(-1, _SIDE, _SIDE))
-    half = x * (torch.arange(_SIDE) % 2)
-    total, nothing = weights.numel() * 4, torch.zeros(_SIDE)
-    try:
-        from spiking_lm.kernels import jit_linear as jit
-    except (ImportError, AttributeError, OSError):  # without compiled code there are only torch's products of floats
-        stream = _seconds([lambda w=w: torch.mv(w, x) for w in floats])  # type: ignore[misc]
-        gather = _seconds([lambda w=w: event_linear(half[None], w) for w in floats])  # type: ignore[misc]
-        none = _seconds([lambda w=w: event_linear(nothing[None], w) for w in floats])  # type: ignore[misc]
-        return {
-            "stream": total / stream,
-            "gather": total / 2 / max(gather - none, gather / 4),
-            "overhead": none / _COPIES,
-        }
-    y, a, b, none_active = torch.empty(_SIDE).numpy(), x.numpy(), half.numpy(), nothing.numpy()
-    active = torch.empty(_SIDE + 1, dtype=torch.int64).numpy()
+    x, total = torch.ones(_SIDE), weights.numel() * 4
+    half, nothing = x * (torch.arange(_SIDE) % 2), torch.zeros(_SIDE)
+    stream = _seconds([partial(torch.mv, w, x) for w in weights])
+    gather = _seconds([partial(event_linear, half[None], w) for w in weights])
+    none = _seconds([partial(event_linear, nothing[None], w) for w in weights])
+    read = max(gather - none, gather / 4)  # a machine that is busy could make the difference nothing
+    return {"stream": total / stream, "gather": total / 2 / read, "overhead": none / _COPIES}
+
+
+def _measured_compiled() -> dict[str, float]:
+    """Time the compiled products on matrices that are not in the core's own caches."""
+    from spiking_lm.kernels import jit_linear
+
+    jit: Any = jit_linear
+    weights = torch.ones(_COPIES, _SIDE, _SIDE)
+    codes = weights.view(torch.int8).view(-1, _SIDE, _SIDE)
+    planes = codes.view(-1, _SIDE * _SIDE // 4)
+    x, total = torch.ones(_SIDE), weights.numel() * 4
+    half = (x * (torch.arange(_SIDE) % 2)).numpy()
+    y, active = torch.empty(_SIDE).numpy(), torch.empty(_SIDE + 1, dtype=torch.int64).numpy()
     words = torch.ones(1, _SIDE // 32, dtype=torch.int32).numpy()
-    planes = list(weights.view(torch.int8).view(-1, _SIDE * _SIDE // 4))
 
-    def timed(matrices: list[Tensor], kernel: Callable[..., None], *args: object) -> float:
-        return _seconds([lambda at=m.data_ptr(): kernel(at, *args) for m in matrices])  # type: ignore[misc]
+    def seconds(matrices: Tensor, kernel: Callable[..., object], *args: object) -> float:
+        return _seconds([partial(kernel, m.data_ptr(), *args) for m in matrices])
 
-    none = timed(floats, jit.sources_float, none_active, y, active)
     return {
-        "stream": total / timed(floats, jit.rows_float, a, y),
-        "gather": total / 2 / timed(floats, jit.sources_float, b, y, active),
-        "int8_stream": total / timed(codes, jit.rows_int8, a, y),
-        "int8_gather": total / 2 / timed(codes, jit.sources_int8, b, y, active),
-        "packed": total / timed(planes, jit.packed, words, y),
-        "overhead": none / _COPIES,
+        "stream": total / seconds(weights, jit.rows_float, x.numpy(), y),
+        "gather": total / 2 / seconds(weights, jit.sources_float, half, y, active),
+        "int8_stream": total / seconds(codes, jit.rows_int8, x.numpy(), y),
+        "int8_gather": total / 2 / seconds(codes, jit.sources_int8, half, y, active),
+        "packed": total / seconds(planes, jit.packed, words, y),
+        "overhead": seconds(weights, jit.sources_float, 0 * half, y, active) / _COPIES,
     }
 
 
