@@ -214,6 +214,9 @@ def spiking_lm_benchmarks(register: Register) -> None:
         ("spikegpt/train-bf16", "bench_training:train_bf16", "the same under autocast"),
         ("spikegpt/generate", "bench:bench_generation", "generation from a carried state, against recomputing"),
         ("spikegpt/constant-time", "bench:bench_constant_time", "time per token late in a text, over early"),
+        ("decode/spikegpt", "bench_decoding:decode_spikegpt", "one stream of SpikeGPT, over what memory allows"),
+        ("decode/events", "bench_decoding:decode_events", "products of one token with few events, against dense"),
+        ("decode/ternary", "bench_decoding:packed_ternary", "packed ternary products, against dense float32"),
     ):
         register(BenchmarkSpec(name=name, summary=summary, function=f"spiking_lm.{function}"))
 
