@@ -367,12 +367,12 @@ def available() -> list[str]:
     return [name for plugin in registry.plugins() for name in plugin.provides.get("benchmarks", ())]
 
 
-def select(wanted: Sequence[str]) -> list[str]:
-    """Return the benchmarks whose name is, or begins with, one of ``wanted``; when it is empty, all but large ones.
+def select(wanted: Sequence[str], device: str = "cpu") -> list[str]:
+    """Return the benchmarks of a device whose name is, or begins with, one of ``wanted``; all but large ones for none.
 
     Raises: UnknownNameError for a name that fits none.
     """
-    known = available()
+    known = [row for row in available() if registry.get("benchmarks", row).spec.device == device]
     chosen: set[str] = set()
     for name in wanted:
         fitting = [row for row in known if row == name or row.startswith(f"{name.rstrip('/')}/")]

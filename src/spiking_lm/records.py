@@ -201,6 +201,8 @@ class BenchmarkSpec(Record):
     function: str
     on_request: bool = False
     """Runs only when it is named: it takes long, or much room."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where it measures; ``spiking-lm bench --device`` chooses. ``cuda`` is torch's name for AMD's GPUs too."""
 
 
 @dataclass(frozen=True, kw_only=True)

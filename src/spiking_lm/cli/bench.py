@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from spiking_lm.errors import KernelUnavailableError, UsageError
+
 if TYPE_CHECKING:
     from spiking_lm.bench import Row
 
@@ -21,12 +23,19 @@ def command(
     ),
     threads: int = typer.Option(1, "--threads", min=1, help="Threads that torch may use."),
     repeats: int = typer.Option(5, "--repeats", min=1, help="Turns of each candidate; the median counts."),
+    device: str = typer.Option(
+        "cpu", "--device", help="cpu, or cuda for the GPU; its table is written to bench-cuda.json and bench-cuda.md."
+    ),
 ) -> None:
     """Run benchmarks on this machine: the core's and those of plugins.
 
     Every timing is a ratio of medians, measured in turns in the same run: processor time with one thread, wall clock
     with more. A missed target is shown, not turned into an exit code.
     """
+    if device not in ("cpu", "cuda"):
+        raise UsageError(f"bench --device: {device!r} is neither cpu nor cuda")
+    if device == "cuda":
+        _need_gpu()
     from spiking_lm import bench
     from spiking_lm.cli._output import console, errors, print_json, table
     from spiking_lm.files import atomic_write
@@ -35,7 +44,7 @@ def command(
     # A file stands where a name does, so that the option needs none: "--json FILE", and "--json -" for the terminal.
     files = [name for name in names if as_json and (name == "-" or name.endswith(".json"))]
     rows: list[Row] = []
-    chosen = bench.select([name for name in (*names, *only) if name not in files])
+    chosen = bench.select([name for name in (*names, *only) if name not in files], device)
     measuring = bench.run(chosen, n_threads=threads, repeats=repeats)
     for name in chosen:
         with errors.status(f"{name} ..."):
@@ -46,14 +55,40 @@ def command(
     if as_json and (not files or "-" in files):
         print_json(result)
         return
-    machine = f"{result['hardware']['cpu']}, torch {result['versions'].get('torch')}"
+    hardware = result["hardware"]
+    machine = f"{hardware['cpu'] if device == 'cpu' else ', '.join(hardware['accelerators'])}"
+    machine += f", torch {result['versions'].get('torch')}"
     title = f"{machine}, {threads} thread{'s' if threads > 1 else ''}, medians of {repeats}"
-    table(title, ["benchmark", "figure", "target", "", "how"], [_cells(row) for row in rows])
+    cells = [_cells(row) for row in rows]
+    table(title, _HEAD, cells)
+    if device == "cuda":
+        files = files or ["bench-cuda.json"]
+        for page in [str(Path(file).with_suffix(".md")) for file in files]:
+            atomic_write(Path(page), _markdown(title, cells))
+            console.print(f"written to {page}", markup=False)
     for file in files:
         from json import dumps
 
         atomic_write(Path(file), dumps(plain(result), indent=2) + "\n")
         console.print(f"written to {file}", markup=False)
+
+
+_HEAD = ["benchmark", "figure", "target", "", "how"]
+
+
+def _need_gpu() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise KernelUnavailableError(
+            f"bench --device cuda: torch {torch.__version__} sees no GPU on this machine, so nothing was measured",
+            hint="docs/triton.md has what is predicted; 'spiking-lm doctor' says what torch was built for",
+        )
+
+
+def _markdown(title: str, cells: list[list[str]]) -> str:
+    lines = [_HEAD, ["---"] * len(_HEAD), *cells]
+    return f"{title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _cells(row: Row) -> list[str]:
