@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from spiking_lm import hookimpl
 from spiking_lm.hookspecs import Register
-from spiking_lm.records import KernelSpec
+from spiking_lm.records import BenchmarkSpec, KernelSpec
 
 SPIKING_LM_API = 1
 
@@ -32,6 +32,24 @@ def spiking_lm_kernels(register: Register) -> None:
                 available="spiking_lm_triton.machine:available",
                 supports=f"spiking_lm_triton.{target}:{supports}",
                 priority=PRIORITY,
+                extra="triton",
+                requires=("triton",),
+            )
+        )
+
+
+@hookimpl
+def spiking_lm_benchmarks(register: Register) -> None:
+    for op in (
+        "lif_scan", "wkv", "egru_scan", "spike_linear", "packed_linear", "ternary_linear", "int8_linear",
+        "gif_linear", "gif_int8_linear",
+    ):  # fmt: skip
+        register(
+            BenchmarkSpec(
+                name=f"triton/{op}",
+                summary=f"{op} by Triton against torch on the same GPU",
+                function=f"spiking_lm_triton.bench:{op}",
+                device="cuda",
                 extra="triton",
                 requires=("triton",),
             )

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from spiking_lm_triton.device import egru as device
-from spiking_lm_triton.machine import cut, takes
+from spiking_lm_triton.machine import takes
+from spiking_lm_triton.sizes import cut
 
 BLOCK, WARPS = 128, 4
 """Units of a program, and its warps."""
@@ -53,15 +54,6 @@ def egru_scan(
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     y, c, o, _ = _forward(*inputs, keep, 0.0 if keep is not None else zoneout, gamma, epsilon, recorded)
     return y[1:], c[1:], o
-
-
-def traffic(n_steps: int, batch: int, hidden: int, itemsize: int, *, backward: bool = False) -> int:
-    """Return the bytes that the kernels of a training step's pass read and write; matrix products are not theirs."""
-    one = n_steps * batch * hidden
-    small = 16 * n_steps * hidden  # bias and thresholds, read in every step
-    if backward:
-        return (3 * itemsize + 12 + 3 * 4 + 3 * itemsize + 12 + 16) * one + small
-    return (3 * itemsize + 12 + 4 + 3 * 4) * one + small
 
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor]

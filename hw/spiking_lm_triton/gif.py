@@ -17,7 +17,8 @@ from spiking_lm.gif import levels
 from spiking_lm.kernels.ops import check_charges
 from spiking_lm.schemes import OFF, ActivationScheme
 from spiking_lm_triton.device import gif as device
-from spiking_lm_triton.machine import cut, power, stages, takes
+from spiking_lm_triton.machine import stages, takes
+from spiking_lm_triton.sizes import cut, power
 
 MOST_BLOCK, WARPS = 1024, 4
 """Channels of a token that are looked at together at most, and warps of a program."""
@@ -96,17 +97,6 @@ def gif_int8_linear(
     with torch.no_grad():
         y: Tensor = _int8(rows, codes, weight_scale, bias, salient, scale, *tops, scheme.spikes == "signed")
     return y.view(*x.shape[:-1], codes.shape[0])
-
-
-def traffic(rows: int, channels: int, itemsize: int, *, backward: bool = False) -> int:
-    """Return the bytes that quantising tokens, or its gradient, reads and writes; a token stays in the cache."""
-    return (3 if backward else 2) * rows * channels * itemsize
-
-
-def product_traffic(rows: int, channels: int, targets: int, itemsize: int) -> int:
-    """Return the bytes that :func:`gif_int8_linear` reads and writes at least: codes and weights once each."""
-    quantized = rows * channels * itemsize + rows * channels + 16 * rows
-    return quantized + rows * channels + 16 * rows + channels * targets + 4 * targets + rows * targets * itemsize
 
 
 def _launch(kernel: Any, x: Tensor, salient: Tensor | None, scale: Tensor | None, *args: Any, **options: Any) -> None:

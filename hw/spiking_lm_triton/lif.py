@@ -14,10 +14,11 @@ from torch import Tensor
 
 from spiking_lm.config import SurrogateConfig
 from spiking_lm_triton.device import lif as device
-from spiking_lm_triton.machine import cut, stages, takes
+from spiking_lm_triton.machine import stages, takes
+from spiking_lm_triton.sizes import CHUNK, cut
 
-BLOCK, WARPS, CHUNK = 64, 1, 64
-"""Neurons of a program, its warps, and steps between marks."""
+BLOCK, WARPS = 64, 1
+"""Neurons of a program, and its warps: so a thread has two, and copies both at once."""
 KINDS = {"atan": 0, "fast_sigmoid": 1, "sigmoid": 2, "triangle": 3}
 
 
@@ -66,18 +67,6 @@ def lif_scan_packed(
     with torch.no_grad():
         words, v, _ = _forward(x, v0, beta, gain, threshold, v_reset, compare == ">", True, True, False, 0, 1.0, True)
     return words, v
-
-
-def traffic(n_steps: int, neurons: int, itemsize: int, *, backward: bool = False, packed: bool = False) -> int:
-    """Return the bytes that a pass reads and writes in memory; membranes of a chunk stay in the cache.
-
-    Forward: x, spikes, and the last membrane. Backward, with the forward pass's marks: x, gradients of spikes and x.
-    """
-    marks = 4 * neurons * cut(n_steps, CHUNK)
-    if backward:
-        return 3 * n_steps * neurons * itemsize + marks + 4 * neurons
-    spikes = n_steps * cut(neurons, 32) * 4 if packed else n_steps * neurons * itemsize
-    return n_steps * neurons * itemsize + spikes + 4 * neurons
 
 
 def _three(x: Tensor) -> tuple[Tensor, int, int]:

@@ -9,15 +9,11 @@ import torch
 from torch import Tensor
 
 from spiking_lm_triton.device import linear as device
-from spiking_lm_triton.machine import cut, takes
-
-MOST_ROWS = 16
-PROGRAMS = 264
-"""How many programs keep a large GPU busy: two for each of the 132 processors of an H100."""
-MOST_PARTS = 16
+from spiking_lm_triton.machine import takes
+from spiking_lm_triton.sizes import GATHER_K, GATHER_N, MOST_ROWS, cut, parts
 
 COMPACT = {"BLOCK": 1024, "num_warps": 4}
-GATHER = {"BLOCK_N": 128, "BLOCK_K": 16, "num_warps": 4}
+GATHER = {"BLOCK_N": GATHER_N, "BLOCK_K": GATHER_K, "num_warps": 4}
 COMBINE = {"BLOCK": 256, "num_warps": 2}
 PACK = {"BLOCK": 32, "num_warps": 2}
 PACKED = {"BLOCK_N": 16, "BLOCK_K": 64, "num_warps": 4}
@@ -80,12 +76,6 @@ def ternary_linear(x: Tensor, planes: Tensor, scale: Tensor, bias: Tensor | None
     return y.view(*x.shape[:-1], planes.shape[1])
 
 
-def parts(rows: int, sources: int, targets: int) -> int:
-    """Return into how many shares the sum over sources is cut, so that all processors have work."""
-    programs = max(1, rows * cut(targets, GATHER["BLOCK_N"]))
-    return max(1, min(PROGRAMS // programs, MOST_PARTS, cut(sources, 4 * GATHER["BLOCK_K"])))
-
-
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(x.numel() // max(x.shape[-1], 1), x.shape[-1]).contiguous()
 
@@ -108,7 +98,7 @@ def _spike_linear(x: Tensor, weight_t: Tensor, bias: Tensor | None) -> Tensor:
     device.compact[(rows,)](x.to(weight_t.dtype), index, value, count, sources, **COMPACT)
     n_parts = parts(rows, sources, targets)
     sums = out if n_parts == 1 else x.new_empty((n_parts, rows, targets), dtype=torch.float32)
-    device.gather[(cut(targets, GATHER["BLOCK_N"]), rows, n_parts)](
+    device.gather[(cut(targets, GATHER_N), rows, n_parts)](
         index, value, count, weights, biases, sums, rows, sources, targets,
         BIASED=bias is not None, PARTS=n_parts, **GATHER,
     )  # fmt: skip

@@ -48,13 +48,3 @@ def stages() -> int:
     NVIDIA's copy to shared memory asynchronously; on AMD's what is on its way takes registers.
     """
     return 8 if torch.version.hip is None else 2
-
-
-def cut(size: int, piece: int) -> int:
-    """Return how many pieces there are in ``size``, the last one perhaps not full."""
-    return -(-size // piece)
-
-
-def power(size: int) -> int:
-    """Return the least power of 2 that is not below ``size``."""
-    return 1 << max(size - 1, 0).bit_length()

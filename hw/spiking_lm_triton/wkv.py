@@ -13,10 +13,11 @@ from torch import Tensor
 
 from spiking_lm.kernels import WKVState
 from spiking_lm_triton.device import wkv as device
-from spiking_lm_triton.machine import cut, stages, takes
+from spiking_lm_triton.machine import stages, takes
+from spiking_lm_triton.sizes import CHUNK, cut
 
-BLOCK, WARPS, CHUNK = 64, 1, 64
-"""Channels of a program, its warps, and steps between marks."""
+BLOCK, WARPS = 64, 1
+"""Channels of a program, and its warps: so a thread has two, and copies both at once."""
 
 
 def supports(time_decay: Tensor, time_first: Tensor, k: Tensor, v: Tensor, state: WKVState | None = None) -> bool | str:
@@ -35,19 +36,6 @@ def wkv(
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     y, p, q, o, _ = _forward(w.contiguous(), u.contiguous(), k, v, p, q, o, recorded)
     return y, (p, q, o)
-
-
-def traffic(batch: int, n_steps: int, channels: int, itemsize: int, *, backward: bool = False) -> int:
-    """Return the bytes that a pass of a training step reads and writes in memory; a chunk's sums stay in the cache."""
-    states = 4 * batch * channels
-    marks = 3 * states * cut(n_steps, CHUNK)
-    steps = itemsize * batch * n_steps * channels
-    return (5 * steps + marks + 4 * states if backward else 3 * steps + marks + 3 * states) + 8 * channels
-
-
-def operations(batch: int, n_steps: int, channels: int, *, backward: bool = False) -> int:
-    """Return the floating-point operations of a pass, exponentials counted as one."""
-    return (58 if backward else 19) * batch * n_steps * channels
 
 
 def _places(p: Tensor, n_steps: int, recorded: bool) -> Tensor:

@@ -6,6 +6,7 @@ Run in a process of its own (``test_processes.py``): TRITON_INTERPRET is read wh
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from triton_aot import INTERPRETING
 
-from spiking_lm import kernels
+from spiking_lm import kernels, registry
 from spiking_lm.config import SurrogateConfig
 from spiking_lm.errors import UsageError
 from spiking_lm.gif import gif_quantize
@@ -27,7 +28,7 @@ from spiking_lm.schemes import ActivationScheme, SalientChannels
 if not INTERPRETING:
     pytest.skip("needs a process of its own: test_processes.py starts it", allow_module_level=True)
 
-from spiking_lm_triton import egru, gif, lif, linear
+from spiking_lm_triton import bench, egru, gif, lif, linear, roofline, sizes
 from spiking_lm_triton import wkv as wkv_module
 
 HALF = {torch.float32: 1e-6, torch.bfloat16: 1 / 64, torch.float16: 1 / 512}
@@ -491,10 +492,10 @@ def test_all_silent_and_all_active(density: float) -> None:
 
 def test_sums_do_not_depend_on_the_run_nor_on_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = normal(0, 1, 2000) * (normal(1, 1, 2000) > 0), normal(2, 2000, 40)
-    assert linear.parts(1, 2000, 40) > 1
+    assert sizes.parts(1, 2000, 40) > 1
     with forced("triton"):
         first, second = (kernels.spike_linear(x, weight) for _ in range(2))
-        monkeypatch.setattr(linear, "MOST_PARTS", 1)
+        monkeypatch.setattr(sizes, "MOST_PARTS", 1)
         alone = kernels.spike_linear(x, weight)
     assert torch.equal(first, second)
     close(alone, first, 2e-6)
@@ -502,8 +503,8 @@ def test_sums_do_not_depend_on_the_run_nor_on_shares(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(("rows", "targets", "most"), [(1, 128, 16), (1, 4096, 8), (16, 65536, 1), (1, 1, 16)])
 def test_shares_keep_the_processors_busy(rows: int, targets: int, most: int) -> None:
-    assert linear.parts(rows, 65536, targets) == most
-    assert linear.parts(rows, 1, targets) == 1, "a short sum is not cut"
+    assert sizes.parts(rows, 65536, targets) == most
+    assert sizes.parts(rows, 1, targets) == 1, "a short sum is not cut"
 
 
 def test_many_rows_are_left_to_dense_products() -> None:
@@ -515,6 +516,169 @@ def test_many_rows_are_left_to_dense_products() -> None:
     assert "more than 16 rows" in str(answers["triton"])
     answers = dict(kernels.explain_choice("spike_linear", torch.ones(1, 4).double(), torch.ones(4, 3).double()))
     assert "float64" in str(answers["triton"])
+
+
+# -- what it costs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def costs(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], dict[str, int]]:
+    """Count launches, bytes of the tensors that kernels are given, each once, and what they compute in float32."""
+    from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
+
+    found = {"launches": 0, "bytes": 0, "operations": 0}
+    seen: list[Tensor] = []  # kept, so that no memory is used twice
+    run = InterpretedFunction.run
+
+    def launched(self: Any, *args: Any, **options: Any) -> Any:
+        found["launches"] += 1
+        for name, t in zip(self.arg_names, args, strict=False):
+            if isinstance(t, Tensor) and name != "scratch" and all(t.data_ptr() != other.data_ptr() for other in seen):
+                seen.append(t)
+                found["bytes"] += t.numel() * t.element_size()
+        return run(self, *args, **options)
+
+    monkeypatch.setattr(InterpretedFunction, "run", launched)
+    for kind in ("binary_op", "unary_op"):
+        compute = getattr(InterpreterBuilder, kind)
+
+        def computed(self: Any, *args: Any, compute: Any = compute) -> Any:
+            out = compute(self, *args)
+            found["operations"] += out.data.size if out.data.dtype.kind == "f" else 0
+            return out
+
+        monkeypatch.setattr(InterpreterBuilder, kind, computed)
+
+    def of(call: Callable[[], Any]) -> dict[str, int]:
+        seen.clear()
+        found.update(dict.fromkeys(found, 0))
+        call()
+        return dict(found)
+
+    return of
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_scans_cost_what_is_predicted(costs: Any, dtype: torch.dtype) -> None:
+    """Bytes and launches to the last one; operations per step, as those of edges are not counted."""
+    size, channels = dtype.itemsize, 128
+
+    def of_lif(n_steps: int) -> tuple[dict[str, int], dict[str, int]]:
+        x = normal(0, n_steps, 2, channels).to(dtype).requires_grad_()
+        spikes: list[Tensor] = []
+        surrogate = SurrogateConfig()
+        forward = costs(lambda: spikes.append(lif.lif_scan(x, **LIF, surrogate=surrogate, final_only=True)[0]))
+        gradient = torch.ones_like(spikes[0])
+        return forward, costs(lambda: torch.autograd.grad(spikes[0], x, gradient))
+
+    def of_wkv(n_steps: int) -> tuple[dict[str, int], dict[str, int]]:
+        k, v = (normal(i, 2, n_steps, channels).to(dtype).requires_grad_() for i in range(2))
+        decay, first, y = torch.zeros(channels), torch.zeros(channels), []
+        forward = costs(lambda: y.append(wkv_module.wkv(decay, first, k, v)[0]))
+        gradient = torch.ones_like(y[0])
+        return forward, costs(lambda: torch.autograd.grad(y[0], (k, v), gradient))
+
+    for run, works in (
+        (of_lif, lambda n: (roofline.lif(n, 256, size, recorded=True), roofline.lif_backward(n, 256, size))),
+        (of_wkv, lambda n: (roofline.wkv(2, n, channels, size, recorded=True),
+                            roofline.wkv_backward(2, n, channels, size))),
+    ):  # fmt: skip
+        short, long = run(3), run(7)
+        for way in range(2):
+            work, longer = works(3)[way], works(7)[way]
+            assert short[way]["bytes"] == work.bytes
+            assert short[way]["launches"] == work.launches
+            assert long[way]["operations"] - short[way]["operations"] == longer.operations - work.operations
+
+
+def test_a_long_scan_puts_down_marks(costs: Any) -> None:
+    x = normal(0, 130, 1, 64).requires_grad_()
+    found = costs(lambda: lif.lif_scan(x, **LIF, surrogate=SurrogateConfig(), final_only=True))
+    assert found["bytes"] == roofline.lif(130, 64, 4, recorded=True).bytes
+    assert found["bytes"] - roofline.lif(130, 64, 4).bytes == 3 * 64 * 4
+    found = costs(lambda: lif.lif_scan_packed(x, **LIF))
+    assert found["bytes"] == roofline.lif(130, 64, 4, packed_words=2).bytes
+
+
+def test_egru_costs_what_is_predicted(costs: Any) -> None:
+    leaves = [t.requires_grad_() for t in _egru(3, 2, 128)[:4]]
+    out: list[Tensor] = []
+    found = costs(lambda: out.append(egru.egru_scan(*leaves, gamma=0.7, epsilon=1.0)[0]))
+    assert found["bytes"] == roofline.egru_kernels(3, 2, 128, 4)
+    assert found["launches"] == roofline.egru(3, 2, 128, 4).launches - 3, "the products are torch's"
+    gradient = torch.ones_like(out[0])
+    found = costs(lambda: torch.autograd.grad(out[0], leaves, gradient))
+    assert found["bytes"] == roofline.egru_kernels(3, 2, 128, 4, backward=True)
+    assert found["launches"] == 3
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_products_cost_what_is_predicted(costs: Any, rows: int) -> None:
+    sources, targets = 320, 256
+    x, scale = normal(0, rows, sources), torch.ones(targets)  # all are active
+    codes = torch.ones(targets, sources, dtype=torch.int8)
+    planes = torch.ones(2, targets, 10, dtype=torch.int32)
+    for call, work in (
+        (lambda: linear.spike_linear(x.clone(), normal(1, sources, targets)),
+         roofline.spike_linear(rows, sources, targets, rows * sources, 4)),
+        (lambda: linear.int8_linear(x.clone(), codes, scale), roofline.int8_linear(rows, sources, targets, 4)),
+        (lambda: linear.ternary_linear(x.clone(), planes, scale.clone()),
+         roofline.ternary_linear(rows, sources, targets, 4)),
+        (lambda: linear.packed_linear(torch.ones(rows, 2, 10, dtype=torch.int32), planes.clone(), scale.clone()),
+         roofline.packed_linear(rows, 2, sources, targets)),
+        (lambda: gif._quantize(x.clone(), None, None, 15, 15), roofline.gif_quantize(rows, sources, 4)),
+        (lambda: gif.gif_int8_linear(x.clone(), codes.clone(), scale.clone(), None, _scheme(4, 1)),
+         roofline.gif_int8_linear(rows, sources, targets, 4)),
+    ):  # fmt: skip
+        found = costs(call)
+        assert found["bytes"] == work.bytes
+        assert found["launches"] == work.launches
+
+
+def test_fewer_events_read_fewer_rows() -> None:
+    few, all_ = (roofline.spike_linear(1, 4096, 4096, active, 2).bytes for active in (410, 4096))
+    assert all_ - few == (4096 - 410) * (2 * 4096 + 8)
+
+
+SMALL = {
+    "lif_scan": (5, 1, 64), "wkv": (1, 5, 64), "egru_scan": (2, 1, 16), "spike_linear": (1, 64, 128, 10),
+    "packed_linear": (1, 64, 16, 2), "ternary_linear": (1, 64, 16), "int8_linear": (1, 64, 16),
+    "gif_linear": (3, 64), "gif_int8_linear": (2, 64, 32),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", SMALL)
+def test_benchmarks_measure_both_forms(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU at the sizes of the table, here at small ones: what is said is computed from what was timed."""
+    assert any(case.op == op for case in roofline.CASES)
+    monkeypatch.setattr(bench, "copy_rate", lambda: 1e9)
+    case = roofline.case(op, *SMALL[op])
+    row = bench.measure(case, 1, cold=2 * case.work.bytes)
+    seconds = row.details["seconds"]
+    assert row.name == f"triton/{op}/{'x'.join(map(str, SMALL[op]))}"
+    assert row.value == pytest.approx(seconds["torch"] / seconds["triton"])
+    assert row.details["bytes_per_s"] == pytest.approx(case.work.bytes / seconds["triton"])
+    assert row.details["copies"] == 2
+    assert row.details["device"] == "the interpreter"
+    assert row.details["predicted_s"] is None, "nobody predicts an interpreter"
+    assert "% of a copy" in row.note
+    one = bench.trial(case, "cpu")
+    monkeypatch.setattr(kernels, "use", _forbidden)
+    if op.startswith("gif"):
+        close(one.triton().float(), one.torch().float(), 1 / 32)
+
+
+def _forbidden(**_: str) -> Any:
+    raise AssertionError("these two forms are no implementations of an op")
+
+
+def test_every_benchmark_has_cases() -> None:
+    for name, registered in registry.manager().all("benchmarks").items():
+        if registered.plugin.name == "triton":
+            op = name.partition("/")[2]
+            assert callable(registered.load("function"))
+            assert [case for case in roofline.CASES if case.op == op]
+            assert registered.spec.device == "cuda"
 
 
 # -- as seen by torch.compile ------------------------------------------------------------------------------------------
