@@ -362,7 +362,8 @@ class _Distilled(Objective):
             parameter.copy_(value)
 
     def describe(self, loss: float) -> dict[str, float]:
-        return self.parts
+        means = self.world.sums(*(part / self.world.size for part in self.parts.values()))
+        return dict(zip(self.parts, means, strict=True))
 
     def weigh(self, losses: dict[str, Tensor], phase: PhaseConfig) -> Tensor:
         """Return the sum of ``losses``, each by its weight in ``phase``, and keep them for the log."""
@@ -397,6 +398,7 @@ class DistilledText(_Distilled):
     def loss(self, model: SpikingLanguageModel, index: int, *, record: bool) -> tuple[Tensor, Output | None, int]:
         rows = random_windows(self.data, self.frame.room, self.config.batch_size, self.seed, index)
         phase, device = self.distiller.phase(index), next(model.parameters()).device
+        rows = rows[self.world.rows(len(rows))]
         inputs, lengths = (torch.from_numpy(part).to(device) for part in self.frame.put(rows))
         ours = model.encode(inputs, lengths, return_spikes=record)
         losses = self.distiller.losses(ours, inputs, lengths, phase)

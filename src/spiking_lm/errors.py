@@ -15,6 +15,7 @@
     ├── LoweringError                1   a model, or one op of it, cannot be placed on the hardware asked for
     ├── DivergedError                1   the loss or a gradient is no longer finite
     └── InterruptedRunError        130   Ctrl-C; the run can be resumed
+        └── LostRankError            1   another process of the run is gone; the run can be resumed
 
 Each carries what happened (the message) and how to mend it (``hint``).
 """
@@ -103,6 +104,12 @@ class InterruptedRunError(SpikingLMError):
     """Training was interrupted; the hint is the command that resumes it."""
 
     exit_code = 130
+
+
+class LostRankError(InterruptedRunError):
+    """Another process that trained with this one is gone; the hint is the command that resumes the run."""
+
+    exit_code = 1
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:

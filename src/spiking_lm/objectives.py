@@ -1,6 +1,7 @@
 """What is trained: the loss of one micro-batch, and the score on held-out data.
 
 Which tokens a micro-batch has depends only on the seed and its number, so that nothing of it is kept for resuming.
+Where several processes train, each takes its rows of every micro-batch.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from spiking_lm.interfaces import (
     observe,
 )
 from spiking_lm.stages import EvaluateConfig, TrainConfig
+from spiking_lm.world import World
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,6 +49,11 @@ def objective_for(model: SpikingLanguageModel, data: Data, config: TrainConfig, 
 
     Raises: UsageError for a model that cannot do it, ConfigError for data that it cannot be done with.
     """
+    if config.chunk_len is not None and not isinstance(data, TextData):
+        raise ConfigError(
+            f"train.chunk_len cuts sequences of a text; the examples of {data.name!r} are read whole",
+            hint="leave it out",
+        )
     if isinstance(data, PairData):
         from spiking_lm.sequences import Pairs
 
@@ -66,6 +73,8 @@ def objective_for(model: SpikingLanguageModel, data: Data, config: TrainConfig, 
     if isinstance(data, TextData):
         masked = config.objective.type == "masked"
         _needs(model, "mlm" if masked else "lm", f"train.objective: {{type: {config.objective.type}}}")
+        if config.chunk_len is not None or config.sampling == "stream":
+            _needs_constant_state(model, "chunk_len" if config.chunk_len is not None else "sampling: stream")
         return (MaskedTokens if masked else NextToken)(data, config, seed)
     if isinstance(data, ClipData):
         return Clips(data, config, seed)
@@ -84,11 +93,29 @@ def _needs(model: SpikingLanguageModel, capability: str, what: str) -> None:
     )
 
 
+def _needs_constant_state(model: SpikingLanguageModel, field: str) -> None:
+    """Refuse a model that keeps keys and values of every token: its state begins empty, and grows."""
+    sizes: list[int] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    map_state(note, model.init_state(1))
+    if not sizes or 0 in sizes:
+        raise UsageError(
+            f"train.{field} carries a state of constant size; that of {type(model).__name__} grows with every token",
+            hint="train on separate sequences: sampling: random, without chunk_len; spikegpt and egru carry theirs",
+        )
+
+
 class Objective(ABC):
     """What is trained: the loss of one micro-batch, and the score on held-out data."""
 
     unit = "tok"
     """What is counted per second."""
+    world = World()
+    """The processes that train together."""
 
     def parameters(self) -> list[nn.Parameter]:
         """Return what is trained beside the model, and thrown away with the objective."""
@@ -104,7 +131,11 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, model: SpikingLanguageModel, index: int, *, record: bool) -> tuple[Tensor, Output | None, int]:
-        """Return the mean loss of micro-batch ``index``, the model's output if there is one, and its token count."""
+        """Return the mean loss of micro-batch ``index``, the model's output if there is one, and its token count.
+
+        Output and count are those of this process's rows; the loss is such that its mean over the processes is the
+        mean over the whole micro-batch.
+        """
 
     @abstractmethod
     def validate(self, model: SpikingLanguageModel) -> dict[str, float]:
@@ -140,26 +171,27 @@ class NextToken(Objective):
             self.stream = Stream(n, size, config.seq_len, seed=seed, jitter=config.jitter)
 
     def loss(self, model: SpikingLanguageModel, index: int, *, record: bool) -> tuple[Tensor, Output | None, int]:
-        tokens, length = self.data.train.tokens, self.config.seq_len
+        tokens, config = self.data.train.tokens, self.config
         if self.stream is None:
-            offsets = sample_offsets(len(tokens), length, self.config.batch_size, seed=self.seed, step=index)
+            number, chunk = divmod(index, config.chunks)
+            offsets = sample_offsets(len(tokens), config.seq_len, config.batch_size, seed=self.seed, step=number)
+            length = config.chunk_len or config.seq_len
+            offsets, first, carries = offsets + chunk * length, chunk == 0, chunk + 1 < config.chunks
         else:
             window = self.stream.window(index)
-            offsets, length = window.offsets, window.length
-            if window.first:
-                self.state = None
+            offsets, length, first, carries = window.offsets, window.length, window.first, True
+        offsets = offsets[self.world.rows(len(offsets))]
         batch = torch.from_numpy(gather(tokens, offsets, length)).to(next(model.parameters()).device)
-        output = model(batch[:, :-1], self.state, return_spikes=record)
-        if self.stream is not None:
-            self.state = detach_state(output.state)
+        output = model(batch[:, :-1], None if first else self.state, return_spikes=record)
+        self.state = detach_state(output.state) if carries else None
         targets = batch[:, 1:]
         loss = F.cross_entropy(output.logits.float().flatten(0, 1), targets.flatten())
         return loss, output, targets.numel()
 
     def validate(self, model: SpikingLanguageModel) -> dict[str, float]:
-        split, length = self.data.valid, self.config.seq_len
+        split, length = self.data.valid, self.config.chunk_len or self.config.seq_len
         tokens = np.asarray(split.tokens[: self.config.eval_tokens + 1]).astype(np.int64)
-        if self.stream is None:
+        if self.stream is None and self.config.chunk_len is None:
             window = min(2 * length, longest_text(model) or 2 * length)
             protocol = EvaluateConfig(window=window, stride=max(1, window // 2))
         else:
@@ -180,14 +212,14 @@ class NextToken(Objective):
         """A window shorter than ``seq_len`` moves the weights less, and a longer one more."""
         if self.stream is None:
             return 1.0
-        steps = range(step * self.config.accumulate, (step + 1) * self.config.accumulate)
+        steps = range(step * self.config.passes, (step + 1) * self.config.passes)
         return sum(self.stream.window(index).length for index in steps) / (len(steps) * self.config.seq_len)
 
     def carried(self) -> list[Tensor]:
         tensors: list[Tensor] = []
 
         def note(tensor: Tensor) -> Tensor:
-            tensors.append(tensor)
+            tensors.append(self.world.whole(tensor))
             return tensor
 
         map_state(note, self.state)
@@ -195,8 +227,8 @@ class NextToken(Objective):
 
     def take_up(self, model: SpikingLanguageModel, carried: list[Tensor]) -> None:
         if carried:  # the tensors, in the order of the places that a state of this model has
-            device, left = next(model.parameters()).device, iter(carried)
-            self.state = map_state(lambda _: next(left).to(device), model.init_state(self.config.batch_size))
+            device, left, rows = next(model.parameters()).device, iter(carried), self.world.rows(self.config.batch_size)
+            self.state = map_state(lambda _: next(left)[rows].to(device), model.init_state(self.config.batch_size))
 
 
 class MaskedTokens(Objective):
@@ -209,7 +241,8 @@ class MaskedTokens(Objective):
     def loss(self, model: SpikingLanguageModel, index: int, *, record: bool) -> tuple[Tensor, Output | None, int]:
         rows = random_windows(self.data, self.hidden.room, self.config.batch_size, self.seed, index)
         batch, device = self.hidden.hide(rows, seed=self.seed, index=index), next(model.parameters()).device
-        inputs, lengths, places, targets = (torch.from_numpy(part).to(device) for part in batch)
+        mine = self.world.rows(len(rows))
+        inputs, lengths, places, targets = (torch.from_numpy(part[mine]).to(device) for part in batch)
         logits = model.predict_masked(inputs, lengths)[places]
         output = None
         if record:
@@ -253,12 +286,14 @@ class Labels(Objective):
             raise ConfigError(f"train.label_smoothing: {data.name!r} has numbers for labels", hint="leave it out")
 
     def batch(self, index: int, device: torch.device) -> LabelledBatch:
-        """Return micro-batch ``index``; every example occurs once in an epoch."""
+        """Return this process's rows of micro-batch ``index``; every example occurs once in an epoch."""
         chosen = visited(len(self.data.train), self.config.batch_size, self.seed, index)
         examples: list[Any] = [self.data.train[place] for place in chosen]
-        inputs, lengths = (torch.from_numpy(part).to(device) for part in self.data.batch(examples, self.config.seq_len))
-        labels = torch.tensor([example.label for example in examples], device=device)
-        return LabelledBatch(chosen, inputs, lengths, labels)
+        rows = self.world.rows(len(chosen))  # of the whole, so that padding is the same in every process
+        batch = self.data.batch(examples, self.config.seq_len)
+        inputs, lengths = (torch.from_numpy(part[rows]).to(device) for part in batch)
+        labels = torch.tensor([example.label for example in examples[rows]], device=device)
+        return LabelledBatch(chosen[rows], inputs, lengths, labels)
 
     def loss(self, model: SpikingLanguageModel, index: int, *, record: bool) -> tuple[Tensor, Output | None, int]:
         batch = self.batch(index, next(model.parameters()).device)

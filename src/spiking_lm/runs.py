@@ -29,6 +29,7 @@ from spiking_lm.preparation import (
 )
 from spiking_lm.recipe import Overrides, Recipe, load_recipe, split_choice
 from spiking_lm.rundir import RunDir, Status, now
+from spiking_lm.world import World, joined
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,9 +52,28 @@ def run_recipe(
     own recipe then holds, or ``"auto"``: the latest unfinished run of exactly this recipe, else a new one; ``console``
     (rich) shows progress and results, by default on standard error.
 
+    Under torchrun every process calls this: rank 0 runs the recipe, and the others take part in its training.
+
     Raises: RecipeError, UnknownNameError, PluginError, DataError; InterruptedRunError on Ctrl-C, with the command that
-    goes on; DivergedError.
+    goes on; DivergedError; LostRankError.
     """
+    with joined() as world:
+        if world.rank:
+            from spiking_lm.distributed import Members, follow
+
+            assert isinstance(world, Members)
+            return follow(world)
+        return _run(path_or_name, overrides, out, resume, console, world)
+
+
+def _run(
+    path_or_name: str | Path | None,
+    overrides: Overrides | None,
+    out: str | Path | None,
+    resume: str | Path | None,
+    console: Console | None,
+    world: World,
+) -> RunDir:
     out = Path(out) if out is not None else Path("runs")
     console, data = console or _stderr(), None
     if resume is not None and str(resume) != "auto":
@@ -73,7 +93,7 @@ def run_recipe(
             data = data_of(recipe, console)
         run = unfinished or RunDir.create(recipe, out)
     with run.lock():
-        return _go(run, recipe, data, console)
+        return _go(run, recipe, data, console, world)
 
 
 def _unfinished(recipe: Recipe, out: Path) -> RunDir | None:
@@ -121,7 +141,7 @@ def plan(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
 # -- the stages -------------------------------------------------------------------------------------------------------
 
 
-def _go(run: RunDir, recipe: Recipe, data: Data | None, console: Console) -> RunDir:
+def _go(run: RunDir, recipe: Recipe, data: Data | None, console: Console, world: World) -> RunDir:
     """Do what is left to do of a run; ``data`` is None where it has yet to be loaded."""
     if run.status == "complete":
         console.print(f"{run.path} is complete", highlight=False, soft_wrap=True)
@@ -135,7 +155,7 @@ def _go(run: RunDir, recipe: Recipe, data: Data | None, console: Console) -> Run
     try:
         _check_extras(recipe)
         with _noting_warnings(run, console):
-            _Stages(run, recipe, data_of(recipe, console) if data is None else data, console).go()
+            _Stages(run, recipe, data_of(recipe, console) if data is None else data, console, world).go()
         status = "complete"
     except KeyboardInterrupt:
         status = "interrupted"
@@ -180,8 +200,8 @@ def _noting_warnings(run: RunDir, console: Console) -> Iterator[None]:
 class _Stages:
     """The stages of one run; each writes its results into the run directory."""
 
-    def __init__(self, run: RunDir, recipe: Recipe, data: Data, console: Console) -> None:
-        self.run, self.recipe, self.data, self.console = run, recipe, data, console
+    def __init__(self, run: RunDir, recipe: Recipe, data: Data, console: Console, world: World) -> None:
+        self.run, self.recipe, self.data, self.console, self.world = run, recipe, data, console, world
 
     def go(self) -> None:
         """Load the model, then do each stage that the recipe has and that is not complete."""
@@ -216,6 +236,8 @@ class _Stages:
         if recipe.convert is None:
             self._note_model()
             self._check_later_stages()
+        if recipe.train is None or "train" in run.manifest["stages"]:
+            self.world.leave()
         stages: dict[str, Callable[[], None]] = {
             "convert": self.convert,
             "train": self.train,
@@ -280,12 +302,20 @@ class _Stages:
         self.console.print(conversion_tables(report))
 
     def train(self) -> None:
+        from spiking_lm.checkpoints import latest_checkpoint, load_model
         from spiking_lm.training import train
 
-        self.run.rewind_metrics(self.step)
+        run, recipe, world = self.run, self.recipe, self.world
+        run.rewind_metrics(self.step)
+        world.lead(run, recipe, None if self.resume_from is None else str(self.resume_from), self.data.sha256)
         self.model = train(
-            self.run, self.recipe, self.model, self.data, resume_from=self.resume_from, console=self.console
+            run, recipe, self.model, self.data, resume_from=self.resume_from, console=self.console, world=world
         )
+        if world.size > 1:
+            world.leave()
+            trained = latest_checkpoint(run.path)
+            assert trained is not None
+            self.model = load_model(trained)  # whole, and where a lone process has it
 
     def prune(self) -> None:
         from spiking_lm.checkpoints import latest_checkpoint

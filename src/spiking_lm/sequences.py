@@ -74,9 +74,12 @@ class Pairs(Objective):
 
     def loss(self, model: SpikingLanguageModel, index: int, *, record: bool) -> tuple[Tensor, LMOutput | None, int]:
         chosen = visited(len(self.data.train), self.config.batch_size, self.seed, index)
-        batch = self.data.batch([self.data.train[place] for place in chosen])
+        whole = self.data.batch([self.data.train[place] for place in chosen])
+        rows = self.world.rows(len(chosen))
+        batch = PairBatch(*(part[rows] for part in whole))
         output, logits, targets = score_batch(model, batch, return_spikes=record)
         loss = F.cross_entropy(logits, targets, label_smoothing=self.config.label_smoothing)
+        loss = loss * self.world.weight(len(targets), int((whole.target_lengths).sum()))
         return loss, output, int(batch.lengths.sum() + batch.target_lengths.sum())
 
     def validate(self, model: SpikingLanguageModel) -> dict[str, float]:

@@ -94,18 +94,28 @@ class DistillConfig(StrictModel):
     which tells it what words mean: compare it with models that are told so too."""
 
 
+class DistributedConfig(StrictModel):
+    """How several processes train one model; how many there are is said to torchrun, and no part of the recipe."""
+
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    """ddp: every process has the whole model. fsdp2: each has a part of every weight, and of the optimizer's state."""
+
+
 class TrainConfig(StrictModel):
     """The training stage."""
 
     steps: int = Field(gt=0)
     batch_size: int = Field(gt=0)
-    """Sequences per micro-batch."""
+    """Sequences per micro-batch; where several processes train, of all of them together."""
     accumulate: int = Field(default=1, gt=0)
     """Micro-batches per optimizer step."""
     seq_len: int = Field(default=128, gt=0)
     sampling: Literal["random", "stream"] = "random"
     """random: sequences from anywhere, each from a fresh state. stream: the text in ``batch_size`` columns, read from
     top to bottom in windows of ``seq_len``, the state carried from window to window (truncated backpropagation)."""
+    chunk_len: int | None = Field(default=None, gt=0)
+    """Texts, ``random`` only: go through a sequence in chunks of so many tokens, the state carried from chunk to chunk
+    and the gradient ending at their borders (truncated backpropagation), so that memory depends on the chunk alone."""
     jitter: bool = False
     """stream only: windows of random length around ``seq_len`` (Merity et al., arXiv 1708.02182)."""
     start: str | None = None
@@ -119,6 +129,11 @@ class TrainConfig(StrictModel):
     """Also, or instead, learn from a teacher."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs matrix products in bfloat16 under autocast; weights, states and norms stay fp32."""
+    activation_checkpointing: bool = False
+    """Compute the inside of every block a second time for its gradient, in place of keeping it: less memory, the same
+    result, about a third more time."""
+    distributed: DistributedConfig = DistributedConfig()
+    """Where torchrun starts several processes: docs/distributed.md."""
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     grad_clip: float | None = Field(default=1.0, gt=0)
@@ -134,14 +149,33 @@ class TrainConfig(StrictModel):
     threads: int | None = Field(default=None, gt=0)
     """CPU threads for torch; None leaves torch's choice."""
 
+    @property
+    def chunks(self) -> int:
+        """In how many pieces a sequence is gone through."""
+        return self.seq_len // self.chunk_len if self.chunk_len is not None else 1
+
+    @property
+    def passes(self) -> int:
+        """How often an optimizer step goes forward and backward: once for every chunk of every micro-batch."""
+        return self.accumulate * self.chunks
+
     @model_validator(mode="after")
     def _fits_together(self) -> TrainConfig:
         if self.jitter and self.sampling != "stream":
             raise ValueError("jitter is for sampling: stream")
         if self.sampling == "stream" and (self.objective.type == "masked" or self.distill is not None):
             raise ValueError("sampling: stream carries the state of a causal model; an encoder has none")
+        if self.chunk_len is not None:
+            if self.sampling == "stream":
+                raise ValueError("a stream is read in windows of seq_len already: chunk_len is for sampling: random")
+            if self.objective.type == "masked" or self.distill is not None:
+                raise ValueError("chunk_len carries the state of a causal model; an encoder has none")
+            if self.seq_len % self.chunk_len:
+                raise ValueError(f"seq_len {self.seq_len} is not a multiple of chunk_len {self.chunk_len}")
         if self.objective.type == "masked" and self.distill is not None:
             raise ValueError("objective: masked and distill both say what is learned from a text: leave one out")
+        if self.distill is not None and self.distributed.strategy == "fsdp2":
+            raise ValueError("distill trains weights beside the model: distributed: {strategy: ddp}")
         if self.start is not None and self.distill is not None and self.distill.embedding == "pca":
             raise ValueError("start and distill.embedding: pca both say where the embedding begins: leave one out")
         return self

@@ -268,7 +268,7 @@ def test_what_cannot_begin_leaves_no_folder(tiny: Path) -> None:
 
 
 def test_a_run_that_fails_says_so(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "_backward", lambda *_, **__: (float("nan"), 1, None))
+    monkeypatch.setattr(training, "_backward", lambda *_, **__: (float("nan"), 1))
     with pytest.raises(DivergedError):
         run_recipe(tiny)
     run = RunDir.open("runs/tests/tiny")

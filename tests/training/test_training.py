@@ -113,13 +113,15 @@ def test_training_learns_and_logs(text: Any, tmp_path: Path) -> None:
 def test_accumulated_steps_equal_one_large_batch(text: Any, tmp_path: Path) -> None:
     """Two micro-batches have the mean of their gradients."""
     from spiking_lm.objectives import NextToken
-    from spiking_lm.training import _backward
+    from spiking_lm.training import MicroBatch, _backward
+    from spiking_lm.world import World
 
     recipe = tiny_recipe(accumulate=2, precision="fp32")
     assert recipe.train is not None
     model = build_model(recipe, text).eval()
     objective = NextToken(text, recipe.train, seed=0)
-    loss, tokens, _ = _backward(model, objective, recipe.train, 3, record=False)
+    micro = MicroBatch(model, objective, "fp32")
+    loss, tokens = _backward(micro, micro, recipe.train, 3, record=False, world=World())
     together = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     assert tokens == 2 * 2 * 16
     model.zero_grad()

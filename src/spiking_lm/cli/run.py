@@ -44,6 +44,7 @@ def execute(
     from spiking_lm.errors import UsageError
     from spiking_lm.rundir import RunDir
     from spiking_lm.runs import run_recipe
+    from spiking_lm.world import leads
 
     console = _output.errors if as_json else _output.console
     if recipe is None and resume in (None, "auto"):
@@ -55,7 +56,7 @@ def execute(
         return _show_plan(recipe, settings, as_json)
     with _terminated_like_ctrl_c():
         run = run_recipe(recipe, settings, out=out, resume=resume, console=console)
-    if as_json:
+    if as_json and leads():
         _output.print_json(_summary(run))
     return None
 
