@@ -124,9 +124,10 @@ class Members(World):
             for group in optimizer.param_groups:
                 group["params"] = [shares[names[id(parameter)]] for parameter in group["params"]]
             return self._engine
+        # Buffers are the same everywhere: none depends on the rows.
         unused = bool(config.distill) or not _reaches(rehearsal(), micro)  # a distillation has phases
         new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-        buffers: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}  # none depends on the rows
+        buffers: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
         self._engine = DistributedDataParallel(micro, find_unused_parameters=unused, **buffers)
         return self._engine
 
