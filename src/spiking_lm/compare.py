@@ -47,7 +47,7 @@ def compare(run: RunDir, recipe: Recipe, model: SpikingLanguageModel, data: Data
     assert recipe.compare is not None
     runs = {THIS_RUN: run, **_run_variants(run, recipe, console)}
     changes = {THIS_RUN: {}, **recipe.compare.variants}
-    result: dict[str, Any] = {"runs": [_result(name, one, changes[name]) for name, one in runs.items()]}
+    result: dict[str, Any] = {"runs": [result_of(name, one, changes[name]) for name, one in runs.items()]}
     if recipe.compare.spikes:
         result["spikes"] = compare_spikes(recipe, model, data, console)
     return result
@@ -110,7 +110,7 @@ def _run_variants(run: RunDir, recipe: Recipe, console: Console) -> dict[str, Ru
     return done
 
 
-def _result(name: str, run: RunDir, changes: Mapping[str, Any]) -> dict[str, Any]:
+def result_of(name: str, run: RunDir, changes: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a run left behind, as one row of the comparison; None where it left nothing."""
     manifest = run.manifest
     training = [entry for entry in run.metrics() if entry.get("split") == "train" and "tokens_per_s" in entry]

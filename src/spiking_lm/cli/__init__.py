@@ -21,6 +21,7 @@ from spiking_lm.errors import InterruptedRunError, SpikingLMError, did_you_mean
 VERBS = {
     "run": "Run a recipe: every stage from training to the report, in one run directory.",
     "train": "Train the model of a recipe, and stop there.",
+    "sweep": "Run a recipe at every combination of some values, and print one table.",
     "eval": "Score a model on text, labelled examples or multiple-choice questions that it has not seen.",
     "generate": "Write text with a model, as it comes.",
     "chat": "Write text with a model, turn by turn, keeping its state between turns.",

@@ -54,7 +54,7 @@ def execute(
             chosen = RunDir.open(str(resume)).path / "recipe.yaml"
             return _show_plan(chosen, [], as_json)
         return _show_plan(recipe, settings, as_json)
-    with _terminated_like_ctrl_c():
+    with terminated_like_ctrl_c():
         run = run_recipe(recipe, settings, out=out, resume=resume, console=console)
     if as_json and leads():
         _output.print_json(_summary(run))
@@ -89,7 +89,7 @@ def _summary(run: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _terminated_like_ctrl_c() -> Iterator[None]:
+def terminated_like_ctrl_c() -> Iterator[None]:
     """Let SIGTERM, with which clusters announce an end, save a checkpoint as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals reach only the main thread
