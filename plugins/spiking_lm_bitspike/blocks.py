@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spiking_lm.kernels.dense import linear
 from spiking_lm.weights import QuantizedLinear
 from spiking_lm_bitspike.config import BitspikeConfig
 
@@ -59,7 +60,7 @@ class Reading(ABC):
 
     def linear(self, layer: QuantizedLinear, x: Tensor) -> Tensor:
         """Multiply ``x (..., I)`` with a matrix. Not by calling the layer: who watches that counts spikes."""
-        return F.linear(x, layer.effective_weight(), layer.bias)
+        return linear(x, layer.effective_weight(), layer.bias)
 
     def drop(self, name: str, x: Tensor) -> Tensor:
         """Drop what dropout drops of the charges of a population."""

@@ -20,6 +20,7 @@ from spiking_lm import create_neuron
 from spiking_lm.errors import UsageError
 from spiking_lm.graph import LMGraph
 from spiking_lm.interfaces import Encoding, LMOutput, SpikeSite, SpikingEncoder, State, mean_over_steps
+from spiking_lm.kernels.dense import Linear
 from spiking_lm.watch import check_range
 from spiking_lm.weights import QuantizedLinear, expect_packed
 from spiking_lm_bitspike.blocks import MASKED, Batch, Block, Chain
@@ -59,7 +60,7 @@ class Bitspike(SpikingEncoder):
             }
         )
         scores_tokens = config.causal or config.masked
-        self.head = nn.Linear(size, config.vocab_size) if scores_tokens else None
+        self.head = Linear(size, config.vocab_size) if scores_tokens else None
         self.classifier = nn.Linear(size, config.num_classes) if config.num_classes else None
         self.teacher_map = nn.Linear(size, config.teacher_embd) if config.teacher_embd else None
         self._draw()

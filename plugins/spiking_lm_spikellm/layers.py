@@ -8,12 +8,13 @@ from typing import Literal
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spiking_lm.gif import gif_encode
+from spiking_lm.gif import gif_encode, gif_quantize
 from spiking_lm.integers import IntegerLayer, SpikeProduct, integer_layer
-from spiking_lm.kernels import gif_linear
+from spiking_lm.kernels import gif_linear, int8_linear
+from spiking_lm.kernels.compiled_linear import LEAST_WEIGHTS, MOST_ROWS, available
+from spiking_lm.kernels.dense import linear
 from spiking_lm.quantization import QuantizedWeight, round_to_nearest
 from spiking_lm.schemes import OFF, ActivationScheme, WeightScheme
 from spiking_lm.weights import PackedLayer
@@ -97,8 +98,40 @@ class SpikingLinear(PackedLayer):
         if record is not None and self.activations.bits < OFF:
             record.fed(self, gif_encode(x, self.activations, self.salient, self.scale).codes)
         held = self._parameters.get("weight")
+        if held is None and self.mode == "fake" and not torch.is_grad_enabled() and self._takes_codes(x):
+            return self._by_codes(x)
         weight = self.unpacked(x.dtype) if held is None else held
         return gif_linear(x, weight, self.bias, self.activations, self.salient, self.scale, mode=self.mode)
+
+    def _takes_codes(self, x: Tensor) -> bool:
+        """Return whether ``x`` is the few rows of single tokens, for which reading the weights is all the work."""
+        scheme = self.weights
+        return (
+            scheme.type == "uniform"
+            and scheme.bits <= 8
+            and scheme.group_size is None
+            and self.in_features * self.out_features >= LEAST_WEIGHTS
+            and x.numel() <= MOST_ROWS * self.in_features
+            and x.dtype == torch.float32
+            and x.device.type == "cpu"
+            and available()
+        )
+
+    def _by_codes(self, x: Tensor) -> Tensor:
+        """Multiply with the codes themselves, a quarter of the bytes: ``scale (codes x - zero sum(x)) + bias``."""
+        codes, scale, offset = self.derived("int8", self._int8)
+        values = gif_quantize(x, self.activations, self.salient, self.scale)
+        return int8_linear(values, codes, scale, self.bias) - values.sum(-1, keepdim=True) * offset
+
+    def _int8(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return codes (O, I) around 0, so that they fit into a byte, and per row their scale and scaled zero point."""
+        matrix = self.quantized_weight()
+        middle = 2 ** (matrix.scheme.bits - 1)
+        codes = (matrix.codes - middle).to(torch.int8)
+        if matrix.order is not None:
+            codes = torch.empty_like(codes).index_copy_(1, matrix.order.long(), codes)
+        scale, zero = matrix.grid.scale[:, 0].float(), matrix.grid.zero[:, 0].float() - middle
+        return codes.contiguous(), scale, zero * scale
 
     def set_weight(self, weight: QuantizedWeight) -> None:
         """Replace the matrix by a packed one."""
@@ -165,9 +198,9 @@ class Head(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight.dtype == x.dtype:
-            return super().forward(x)
+            return linear(x, self.weight, self.bias)
         source = (self.weight.data_ptr(), self.weight._version, x.dtype)
         kept = _WIDENED.get(self)
         if kept is None or kept[0] != source:
             kept = _WIDENED[self] = source, self.weight.detach().to(x.dtype)
-        return F.linear(x, kept[1])
+        return linear(x, kept[1])

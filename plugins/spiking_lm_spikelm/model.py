@@ -36,6 +36,7 @@ from spiking_lm.interfaces import (
     mean_over_steps,
 )
 from spiking_lm.kernels import attention, products
+from spiking_lm.kernels.dense import linear
 from spiking_lm.watch import check_range
 from spiking_lm.weights import QuantizedLinear, expect_packed
 from spiking_lm_spikelm.config import SpikeLMConfig, SpikeLMSizes
@@ -442,7 +443,7 @@ class SpikeLM(Embedded, SpikingEncoder):
         record = Record(spikes=return_spikes)
         hidden, after = self._run(tokens, past=state, record=record)
         x = self.mlm_head.transform(hidden[-1].mean(0))
-        logits = F.linear(x, self.word.effective_weight(), self.mlm_head.bias)
+        logits = linear(x, self.word.effective_weight(), self.mlm_head.bias)
         arrived = {} if record.arrived is None else {**record.arrived, "mlm_head": x}
         return LMOutput(logits, after, record.spikes, arrived=arrived)
 

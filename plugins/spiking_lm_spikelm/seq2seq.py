@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spiking_lm.errors import UsageError
 from spiking_lm.graph import LMGraph
 from spiking_lm.interfaces import LMOutput, State
+from spiking_lm.kernels.dense import linear
 from spiking_lm_spikelm.config import SpikeLMSeq2SeqConfig
 from spiking_lm_spikelm.model import (
     Attention,
@@ -203,7 +203,7 @@ class SpikeLMSeq2Seq(Embedded):
         hidden = self.mlm_head.transform(x.mean(0))
         if record.arrived is not None:
             record.arrived["mlm_head"] = hidden
-        return F.linear(hidden, self.word.effective_weight(), self.mlm_head.bias), tuple(caches)
+        return linear(hidden, self.word.effective_weight(), self.mlm_head.bias), tuple(caches)
 
     # -- what it is ----------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ is read once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from spiking_lm.bench import Job, Row, interleaved
 from spiking_lm.bench_training import spikegpt
 from spiking_lm.decoding import Decoder, prepare
 from spiking_lm.kernels import int8_linear, pack_spikes, pack_ternary, packed_linear, spike_linear, ternary_linear
-from spiking_lm.kernels.decode_run import refusal
+from spiking_lm.kernels.decode_plan import Instruction, Matrix, Places, Plan
+from spiking_lm.kernels.decode_run import Compiled, refusal
 
 TOKENS = 12
 """Tokens per turn of a job."""
@@ -117,48 +119,55 @@ def _matrices(side: int, layers: int, head: int) -> list[tuple[int, int]]:
     return [*blocks * layers, (side, head)]
 
 
+def _plan(weights: list[Tensor], inputs: dict[int, Tensor], by_source: bool) -> Plan:
+    """Return a plan of nothing but products, each with a matrix and an input of its own."""
+    places = Places()
+    steps = []
+    for weight in weights:
+        matrix = Matrix(weight, by_source, int8=False)
+        n_out, n_in = matrix.sizes
+        steps.append((matrix, places.holding(inputs[n_in]), places.new(n_out)))
+    block = places.block()
+    instructions = [Instruction("linear", block[out], (block[x],), matrix=matrix) for matrix, x, out in steps]
+    return Plan(block, instructions, instructions[-1].out, {}, 0)
+
+
 def decode_events(repeats: int, *, activity: float = 0.1, side: int = 512, layers: int = 12) -> Row:
-    """Multiply with all matrices of a token, each once: of active sources alone, and densely by torch."""
+    """Do all products of a token as decoding does them, from rows of active sources, and densely."""
     generator = torch.Generator().manual_seed(0)
     sizes = _matrices(side, layers, 5458)
-    weights_t = [torch.randn(k, n, generator=generator) / k**0.5 for k, n in sizes]
-    dense = [w.t().contiguous() for w in weights_t]
+    by_source = [torch.randn(k, n, generator=generator) / k**0.5 for k, n in sizes]
+    by_row = [w.t().contiguous() for w in by_source]
     inputs = {
         k: torch.randn(k, generator=generator) * (torch.rand(k, generator=generator) < activity)
-        for k in {k for k, _ in sizes}
+        for k in sorted({k for k, _ in sizes})
     }
 
-    def each(run: Callable[[Tensor, Tensor], Any], matrices: list[Tensor], by_source: bool) -> Job:
+    def each(run: Callable[[Tensor, Tensor], Any], matrices: list[Tensor], side_of_input: int) -> Job:
         def job() -> None:
             with torch.no_grad():
                 for matrix in matrices:
-                    run(inputs[matrix.shape[0 if by_source else 1]], matrix)
+                    run(inputs[matrix.shape[side_of_input]], matrix)
 
         return job
 
     jobs = {
-        "events": each(spike_linear, weights_t, True),
-        "torch.mv": each(lambda x, w: torch.mv(w, x), dense, False),
-        "F.linear": each(lambda x, w: torch.nn.functional.linear(x[None], w), dense, False),
+        "events, op by op": each(spike_linear, by_source, 0),
+        "dense, torch.mv": each(lambda x, w: torch.mv(w, x), by_row, 1),
+        "dense, F.linear": each(lambda x, w: torch.nn.functional.linear(x[None], w), by_row, 1),
     }
     if refusal() is None:
-        from spiking_lm.kernels import jit_linear
-
-        jit: Any = jit_linear
-
-        def rows(x: Tensor, w: Tensor) -> None:
-            jit.rows_float(w.data_ptr(), x.numpy(), x.new_empty(len(w)).numpy())
-
-        jobs["compiled dense"] = each(rows, dense, False)
+        jobs["events, decoding"] = partial(Compiled(_plan(by_source, inputs, True)), 0)
+        jobs["dense, decoding"] = partial(Compiled(_plan(by_row, inputs, False)), 0)
     times = interleaved(jobs, repeats)
     found = times.ms()
-    best = min((name for name in found if name != "events"), key=found.__getitem__)
+    events, dense = (min((n for n in found if n.startswith(kind)), key=found.__getitem__) for kind in ("ev", "de"))
     return Row(
         "decode/events",
         f"products of one token, {len(sizes)} cold matrices, {activity:.0%} of sources active: events against dense",
-        found[best] / found["events"],
+        found[dense] / found[events],
         target=3,
-        note=f"{found['events']:.2f} ms; dense: " + ", ".join(f"{n} {found[n]:.2f} ms" for n in found if n != "events"),
+        note=", ".join(f"{name} {ms:.2f} ms" for name, ms in found.items()),
         details=times.to_dict(),
     )
 
@@ -185,27 +194,29 @@ def packed_ternary(repeats: int, *, side: int = 512, copies: int = 120) -> list[
     jobs = {
         "packed, spikes": each(lambda m: packed_linear(words, m, scale), planes),
         "packed, real": each(lambda m: ternary_linear(x, m, scale), planes),
-        "int8": each(lambda m: int8_linear(x, m, scale), int8),
-        "torch.mv": each(lambda m: torch.mv(m, x), floats),
+        "dense, int8": each(lambda m: int8_linear(x, m, scale), int8),
+        "dense, torch.mv": each(lambda m: torch.mv(m, x), floats),
     }
-    if refusal() is None:
+    if refusal() is None:  # kernels alone, as within a plan
         from spiking_lm.kernels import jit_linear
 
         jit: Any = jit_linear
-        y, row = torch.empty(side).numpy(), x.numpy()
-        jobs["compiled dense"] = each(lambda m: jit.rows_float(m.data_ptr(), row, y), floats)
+        y, row, bits, w = torch.empty(side).numpy(), x.numpy(), words.numpy(), words.shape[1]
+        jobs["packed kernel, spikes"] = each(lambda m: jit.packed(m.data_ptr(), bits, y), planes)
+        jobs["packed kernel, real"] = each(lambda m: jit.ternary(m.data_ptr(), w, row.ctypes.data, y), planes)
+        jobs["dense kernel"] = each(lambda m: jit.rows_float(m.data_ptr(), row, y), floats)
     times = interleaved(jobs, repeats)
     found = {name: 1e3 * ms / copies for name, ms in times.ms().items()}
-    dense = min((name for name in ("torch.mv", "compiled dense") if name in found), key=found.__getitem__)
+    dense = min((name for name in ("dense, torch.mv", "dense kernel") if name in found), key=found.__getitem__)
     note = ", ".join(f"{name} {us:.1f} us" for name, us in found.items())
     return [
         Row(
             f"decode/ternary-{kind}",
             f"ternary {side} x {side} by {kind}, packed, against dense float32",
-            found[dense] / found[name],
+            found[dense] / min(us for name, us in found.items() if name.startswith("packed") and kind[:4] in name),
             target=target,
             note=note,
             details=times.to_dict(),
         )
-        for kind, name, target in (("spikes", "packed, spikes", 3.0), ("reals", "packed, real", None))
+        for kind, target in (("spikes", 3.0), ("reals", None))
     ]

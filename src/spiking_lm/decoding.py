@@ -228,13 +228,15 @@ class _Lowering:
         return Plan(block, instructions, logits, state, self.state_size)
 
     def check(self) -> None:
-        """Refuse what no graph tells of: other devices and types, hooks, models that are no language models."""
+        """Refuse what no graph tells of: other devices and types, hooks, methods that were replaced, other models."""
         model = self.model
         if "lm" not in model.capabilities:
             raise _Refused("it is no language model that reads one token after the other")
         for name, t in (*model.named_parameters(), *model.named_buffers()):
             if t.device.type != "cpu" or (t.is_floating_point() and t.dtype != torch.float32):
                 raise _Refused(f"{name} is {t.dtype} on {t.device}, and decoding is for float32 on the processor")
+        if {"forward", "step"} & set(vars(model)):
+            raise _Refused("its forward or step has been replaced")
         if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
             raise _Refused("hooks on its modules want to see what passes through them")
 

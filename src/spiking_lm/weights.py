@@ -9,16 +9,18 @@ schemes, with scales per row or group, are in :mod:`spiking_lm.quantization`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, cast
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spiking_lm import packing
 from spiking_lm.errors import CheckpointError, UsageError
+from spiking_lm.kernels.dense import linear
+
+T = TypeVar("T")
 
 Precision = Literal["full", "ternary", "binary"]
 
@@ -27,8 +29,11 @@ LEAST_SCALE = 1e-5
 
 _LEVELS = {"ternary": 3, "binary": 2}
 
-_UNPACKED: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
-"""Matrices as they are multiplied with, of layers that store them packed: no copy, state dict or footprint has them."""
+_EFFECTIVE: WeakKeyDictionary[nn.Module, tuple[tuple[int, int], Tensor]] = WeakKeyDictionary()
+"""In evaluation, matrices in few levels that layers multiply with, and the version of the weights they follow from."""
+
+_DERIVED: WeakKeyDictionary[nn.Module, dict[Hashable, Any]] = WeakKeyDictionary()
+"""What layers that store a matrix packed multiply with, by what it is: no copy, state dict or footprint has it."""
 
 
 class Codes(NamedTuple):
@@ -98,17 +103,21 @@ class PackedLayer(nn.Module, ABC):
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         """Return what the packed matrix stands for, (O, I), computed once."""
-        matrix = _UNPACKED.get(self)
-        if matrix is None or matrix.dtype != dtype:
-            matrix = _UNPACKED[self] = self.unpack(dtype)
-        return matrix
+        return self.derived(dtype, lambda: self.unpack(dtype))
+
+    def derived(self, what: Hashable, make: Callable[[], T]) -> T:
+        """Return what ``make`` makes of the packed matrix, computed once, until the buffers may have changed."""
+        known = _DERIVED.setdefault(self, {})
+        if what not in known:
+            known[what] = make()
+        return cast(T, known[what])
 
     def hold(self, buffers: Mapping[str, Tensor]) -> None:
         """Hold a packed matrix in place of ``weight``."""
         self._parameters.pop("weight", None)
         for name, tensor in buffers.items():
             self.register_buffer(name, tensor)
-        _UNPACKED.pop(self, None)
+        _DERIVED.pop(self, None)
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and self.packed:
@@ -116,13 +125,13 @@ class PackedLayer(nn.Module, ABC):
         return super().__getattr__(name)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        _UNPACKED.pop(self, None)
+        _DERIVED.pop(self, None)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         self.make_room({name[len(prefix) :]: t for name, t in state_dict.items() if name.startswith(prefix)})
         super()._load_from_state_dict(state_dict, prefix, *args)
-        _UNPACKED.pop(self, None)
+        _DERIVED.pop(self, None)
 
 
 class QuantizedLinear(PackedLayer, nn.Linear):
@@ -149,11 +158,17 @@ class QuantizedLinear(PackedLayer, nn.Linear):
         """Return the matrix (O, I) that inputs are multiplied with, differentiable until it is packed."""
         if self.packed or self.bits == "full":
             return self.weight
-        return ternary_weight(self.weight) if self.bits == "ternary" else binary_weight(self.weight)
+        if self.training or torch.is_grad_enabled():
+            return ternary_weight(self.weight) if self.bits == "ternary" else binary_weight(self.weight)
+        source, kept = (self.weight.data_ptr(), self.weight._version), _EFFECTIVE.get(self)
+        if kept is None or kept[0] != source:
+            codes, scale = (ternary_codes if self.bits == "ternary" else binary_codes)(self.weight)
+            kept = _EFFECTIVE[self] = source, codes * scale
+        return kept[1]
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply ``x (..., I)`` with the matrix in few levels."""
-        return F.linear(x, self.effective_weight(), self.bias)
+        return linear(x, self.effective_weight(), self.bias)
 
     def pack(self) -> None:
         """Keep codes and scale in place of the trained weights: 1.6 bits a weight, or 1; outputs stay the same.

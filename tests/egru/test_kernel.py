@@ -264,6 +264,8 @@ def test_the_choice_does_not_change_the_result(monkeypatch: pytest.MonkeyPatch) 
         return gather(x, active, *rest)
 
     monkeypatch.setattr(events, "_gather", spy)
+    monkeypatch.setenv("SPIKING_LM_KERNELS", "spike_linear=torch")
+    monkeypatch.setattr(events, "rates", lambda: events.DEFAULT_RATES)
     x = _normal(0, 1, 900).float() * (torch.arange(900) % 10 == 0)
     weight_t, bias = _normal(1, 900, 900).float(), _normal(2, 900).float()
     expected = torch.addmm(bias, x, weight_t)

@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from spiking_lm import create_model, decoding, generate, generation
+from spiking_lm import create_model, decoding, generate, generation, kernels
 from spiking_lm.decoding import WATCHED, prepare, refusal
 from spiking_lm.errors import UsageError
 from spiking_lm.generation import iterate
 from spiking_lm.interfaces import SpikingLanguageModel, map_state
 from spiking_lm.kernels import decode_run, events
+from spiking_lm.schemes import ActivationScheme, WeightScheme
 
 ENGINES = ["compiled", "torch"]
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -54,6 +55,13 @@ def _leaves(state: Any) -> list[Tensor]:
 def _close(found: Any, expected: Any) -> None:
     for a, b in zip(_leaves(found), _leaves(expected), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5 * max(1.0, float(b.abs().max().clamp(max=1e4))))
+
+
+@pytest.fixture(autouse=True)
+def _compiler(request: pytest.FixtureRequest) -> None:
+    callspec = getattr(request.node, "callspec", None)
+    if callspec is not None and callspec.params.get("engine") == "compiled":
+        pytest.importorskip("numba")
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +128,7 @@ def test_int8_is_the_model_with_rounded_matrices(name: str, engine: Any) -> None
 
 
 def test_silent_sources_are_not_read() -> None:
+    pytest.importorskip("numba")
     model = _model("spike_input")
     floats, codes = prepare(model, engine="compiled"), prepare(model, weights="int8", engine="compiled")
     assert set(floats.forms().values()) == {"rows"}
@@ -167,6 +176,9 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         refusal(create_model("egru", vocab_size=50, n_layer=1, n_embd=8, n_hidden=8, cell="gru"))
     )
     assert "torch.float64" in str(refusal(_model("spikegpt").double()))
+    model.step = model.step  # type: ignore[method-assign]
+    assert "has been replaced" in str(refusal(model))
+    del model.step
     model.head.register_forward_hook(lambda *_: None)
     assert "hooks" in str(refusal(model))
     monkeypatch.setattr(decode_run, "refusal", lambda: "there is no compiler")
@@ -207,6 +219,7 @@ def test_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in ("gather", "gather=fast", "speed=1", "gather=-1"):
         with pytest.raises(UsageError, match="cannot read"):
             rates(wrong)
+    pytest.importorskip("numba")
     measured = rates(None, compiled=True)
     assert events.rates(compiled=True) is measured  # once per process
     assert all(1e8 < getattr(measured, name) < 1e13 for name in ("stream", "gather", "int8_stream", "packed"))
@@ -221,8 +234,8 @@ def test_generation_decodes_prepared_where_it_can(name: str, monkeypatch: pytest
     options: dict[str, Any] = {"max_new_tokens": 40, "temperature": 0.7, "seed": 3}
     texts = {None: generate(model, [1, 2, 3], **options)}
     steps: list[int] = []
-    step = model.step
-    monkeypatch.setattr(model, "step", lambda token, state: (steps.append(1), step(token, state))[1])
+    step = type(model).step
+    monkeypatch.setattr(type(model), "step", lambda self, *args: (steps.append(1), step(self, *args))[1])
     asked: list[str] = []
     monkeypatch.setattr(
         generation, "prepare", lambda model, weights: (asked.append(weights), prepare(model, weights=weights))[1]
@@ -250,3 +263,31 @@ def test_generation_decodes_prepared_where_it_can(name: str, monkeypatch: pytest
 
 def _refuse(self: object) -> None:
     raise decoding._Refused("for a reason")
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_few_bit_weights_are_read_as_codes(bits: int, symmetric: bool) -> None:
+    pytest.importorskip("numba")
+    layers = pytest.importorskip("spiking_lm_spikellm.layers")
+    generator = torch.Generator().manual_seed(bits)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(bits)
+        scheme = WeightScheme(bits=bits, symmetric=symmetric)
+        layer = layers.SpikingLinear(300, 260, True, scheme, ActivationScheme(bits=4))
+    layer.bias.data.normal_(generator=generator)
+    assert "weight" not in dict(layer.named_parameters())
+    for rows in (1, 4, 5):
+        x = torch.randn(1, rows, 300, generator=generator)
+        expected = kernels.gif_linear(x, layer.weight, layer.bias, layer.activations)
+        with torch.no_grad():
+            found = layer(x)
+        assert layer._takes_codes(x) == (rows <= 4)
+        torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-4)
+    other = layers.round_to_nearest(torch.randn(260, 300, generator=generator), scheme)
+    layer.set_weight(other)  # what was kept of the first matrix is forgotten
+    x = torch.randn(2, 300, generator=generator)
+    with torch.no_grad():
+        found = layer(x)
+    expected = kernels.gif_linear(x, other.dequantize(), layer.bias, layer.activations)
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-3)

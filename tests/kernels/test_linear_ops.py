@@ -9,23 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from spiking_lm import kernels
 from spiking_lm.errors import UsageError
-from spiking_lm.kernels import compiled
+from spiking_lm.kernels import compiled_linear, dense, products
 from spiking_lm.kernels.reference import unpack_spikes
 
 OPS = ("spike_linear", "int8_linear", "pack_spikes", "packed_linear", "ternary_linear")
 IMPLEMENTATIONS = ("reference", "torch", "numba")
-
-
-@pytest.fixture(autouse=True)
-def _small_calls_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled code is for large calls; here it gets the small ones as well."""
-    monkeypatch.setattr(compiled, "LEAST", 0)
 
 
 CASES = tuple(f"mm_{i:02d}" for i in range(6))
@@ -78,7 +72,7 @@ def test_golden(shared: Path, name: str, implementation: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", ["torch", "numba"])
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None)
 @given(
     rows=st.sampled_from([(), (1,), (3,), (2, 5), (0,)]),
     sources=st.sampled_from([1, 31, 32, 33, 64, 100, 259]),
@@ -170,3 +164,36 @@ def test_no_gradient_is_recorded() -> None:
     x, weight_t = torch.ones(4, requires_grad=True), torch.ones(4, 2, requires_grad=True)
     assert not kernels.spike_linear(x, weight_t).requires_grad
     assert not kernels.int8_linear(x, torch.ones(2, 4, dtype=torch.int8), torch.ones(2)).requires_grad
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
+def test_dense_products_of_few_rows(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled up to four rows where no gradient is recorded, and the same numbers either way."""
+    pytest.importorskip("numba")
+    generator = torch.Generator().manual_seed(rows)
+    x, weight = torch.randn(rows, 260, generator=generator), torch.randn(259, 260, generator=generator)
+    bias = torch.randn(259, generator=generator, requires_grad=True)
+    taken: list[int] = []
+    run = compiled_linear.dense_linear
+    monkeypatch.setattr(compiled_linear, "dense_linear", lambda x, *rest: (taken.append(len(x)), run(x, *rest))[1])
+    expected = (x.double() @ weight.double().T).float()
+    with torch.no_grad():
+        for found, offset in (
+            (dense.linear(x, weight), 0),
+            (dense.linear(x, weight, bias), bias),
+            (products.linear(x, weight.T, bias), bias),
+            (products.product(x, weight.T), 0),
+        ):
+            torch.testing.assert_close(found, expected + offset, rtol=1e-5, atol=1e-4)
+    assert taken == ([rows] * 4 if rows <= 4 else [])
+    for y in (
+        dense.linear(x, weight, bias),
+        products.linear(x, weight.T, bias),
+        dense.linear(x.requires_grad_(), weight),
+    ):
+        assert y.requires_grad
+    assert len(taken) in (0, 4)
+    with torch.no_grad():  # what is no plain row of float32 weights
+        dense.linear(x.double(), weight.double())
+        dense.linear(x, weight.T.contiguous().T)
+    assert len(taken) in (0, 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from functools import lru_cache
 from types import ModuleType
@@ -11,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spiking_lm.kernels.compiled import nothing, takes
+from spiking_lm.kernels.compiled import LEAST, nothing, takes
+from spiking_lm.kernels.dispatch import traced
 
 MOST_ROWS = 4
 """With more rows, products that read the weights once for all of them are faster."""
@@ -38,6 +40,40 @@ def _rows(x: Tensor) -> int:
 
 def _or_nothing(t: Tensor | None) -> Any:
     return nothing(torch.float32) if t is None else t.detach().contiguous().numpy()
+
+
+LEAST_WEIGHTS = 65536
+"""Of a dense matrix, from which it is worth leaving torch."""
+
+
+def takes_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Say whether :func:`dense_linear` takes ``x (..., K)`` and ``weight (N, K)``: few rows and no gradient."""
+    return (
+        weight.numel() >= LEAST_WEIGHTS
+        and 0 < x.numel() <= MOST_ROWS * weight.shape[1]
+        and x.shape[-1] == weight.shape[1]
+        and x.dtype == weight.dtype == torch.float32
+        and x.device.type == weight.device.type == "cpu"
+        and weight.is_contiguous()
+        and not traced()
+        and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)))
+        and not torch.is_autocast_enabled("cpu")
+        and available()
+    )
+
+
+@lru_cache(maxsize=1)
+def available() -> bool:
+    """Return whether compiled code can be had here."""
+    return importlib.util.find_spec("numba") is not None and takes(LEAST) is True
+
+
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return ``x (..., K) @ weight (N, K).T + bias`` for few rows, as fast as memory gives out the weights."""
+    flat = x.detach().reshape(-1, x.shape[-1]).contiguous()
+    y = x.new_empty(len(flat), weight.shape[0])
+    _jit().dense_linear(weight.data_ptr(), flat.numpy(), y.numpy(), _or_nothing(bias))
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def supports_spike_linear(x: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> bool | str:

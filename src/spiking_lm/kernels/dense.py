@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from spiking_lm.kernels import compiled_linear
 from spiking_lm.kernels.products import dense_operator
 
 LEAST_ROWS = 16
@@ -21,9 +22,11 @@ LEAST_ROWS = 16
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return ``x (..., K) @ weight (N, K).T + bias``: ``F.linear``, by other products where they are faster.
 
-    Those are for float32 on a CPU and LEAST_ROWS rows or more, and differ by rounding; gradients can then be taken
-    once.
+    Those are for float32 on a CPU, and differ by rounding: for LEAST_ROWS rows or more, whose gradients can then be
+    taken once, and without gradients for the few rows of single tokens.
     """
+    if compiled_linear.takes_dense(x, weight, bias):
+        return compiled_linear.dense_linear(x, weight, bias)
     rows = x.numel() // max(x.shape[-1], 1)
     operator = dense_operator(rows * weight.numel(), x) if rows >= LEAST_ROWS else None
     if operator is None or weight.dtype != x.dtype or x.shape[-1] != weight.shape[1]:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from spiking_lm.errors import UsageError
-from spiking_lm.kernels import products
-from spiking_lm.kernels.dispatch import traced
+from spiking_lm.kernels import compiled_linear, products
+from spiking_lm.kernels.dispatch import call, traced
 
 ENVIRONMENT = "SPIKING_LM_RATES"
 
@@ -195,11 +195,16 @@ def product(x: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Tensor:
 def linear(x: Tensor, weight_t: Tensor, bias: Tensor) -> Tensor:
     """Return ``x (B, N) @ weight_t (N, M) + bias`` by whichever product is cheaper for these values.
 
-    Where gradients are recorded, on devices other than the CPU, and in half precision it is the dense one. It is the
-    built-in rates that decide: what models compute does not depend on a measurement.
+    Where gradients are recorded, on devices other than the CPU, and in half precision it is the dense one. One row
+    always goes by events where those are compiled. Else it is the built-in rates that decide: what models compute does
+    not depend on a measurement.
     """
     if torch.is_grad_enabled() and (x.requires_grad or weight_t.requires_grad or bias.requires_grad):
         return products.linear(x, weight_t, bias)
+    plain = len(x) == 1 and not traced() and not torch.is_autocast_enabled("cpu")
+    if plain and compiled_linear.supports_spike_linear(x, weight_t, bias) is True:
+        y: Tensor = call("spike_linear", x.detach(), weight_t, bias)
+        return y
     return _cheaper(x, weight_t, bias, DEFAULT_RATES)
 
 

@@ -69,6 +69,23 @@ def rows_float(at, x, y):
 
 
 @compiled(fastmath={"reassoc", "contract"})
+def four_rows_float(at, x, y):
+    """y = x W^T for W (N, K) of float32, four rows of x (4, K) and y (4, N): a weight is read once for all of them."""
+    size = np.uintp(x.shape[1])
+    w = carray(_floats(at), (y.shape[1] * x.shape[1],))
+    x0, x1, x2, x3 = x[0], x[1], x[2], x[3]
+    for i in range(y.shape[1]):
+        t0, t1, t2, t3, row = np.float32(0), np.float32(0), np.float32(0), np.float32(0), np.uintp(i) * size
+        for k in range(size):
+            value = w[row + k]
+            t0 += value * x0[k]
+            t1 += value * x1[k]
+            t2 += value * x2[k]
+            t3 += value * x3[k]
+        y[0, i], y[1, i], y[2, i], y[3, i] = t0, t1, t2, t3
+
+
+@compiled(fastmath={"reassoc", "contract"})
 def rows_int8(at, x, y):
     """y = W x for W (N, K) of int8."""
     size = np.uintp(len(x))
@@ -218,6 +235,19 @@ def ternary(at, words, x_at, y):
 
 
 # -- the ops: several rows ---------------------------------------------------------------------------------------------
+
+
+@compiled()
+def dense_linear(at, x, y, bias):
+    """Rows of x (M, K) and y (M, N)."""
+    if len(x) == 4:
+        four_rows_float(at, x, y)
+    else:
+        for m in range(len(x)):
+            rows_float(at, x[m], y[m])
+    none = np.empty(0, np.float32)
+    for m in range(len(x)):
+        finish(y[m], none, bias)
 
 
 @compiled()

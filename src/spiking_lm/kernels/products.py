@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from spiking_lm.kernels import compiled_layers
+from spiking_lm.kernels import compiled_layers, compiled_linear
 from spiking_lm.kernels.dispatch import traced
 from spiking_lm.kernels.ops import elastic_scan
 
@@ -57,6 +57,8 @@ def dense_operator(work: int, like: Tensor) -> Callable[..., Tensor] | None:
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """Return ``x (M, K) @ weight (K, N)``; no gradient is recorded."""
+    if compiled_linear.takes_dense(x.detach(), weight.detach().t()):
+        return compiled_linear.dense_linear(x, weight.t())
     operator = _onednn() if _fits(x.numel() * weight.shape[1], x) else None
     return x @ weight if operator is None else operator(x, weight.t(), None, "none", [], "")
 
@@ -88,7 +90,13 @@ def linears(x: Tensor, weights_t: Sequence[Tensor], biases: Sequence[Tensor]) ->
     if alike and all(_fits(x.numel() * weight_t.shape[1], x) for weight_t in weights_t):
         ys: tuple[Tensor, ...] = _Linears.apply(x, *weights_t, *biases)
         return ys
-    return tuple(torch.addmm(bias, x, weight_t) for weight_t, bias in zip(weights_t, biases, strict=True))
+    return tuple(_linear(x, weight_t, bias) for weight_t, bias in zip(weights_t, biases, strict=True))
+
+
+def _linear(x: Tensor, weight_t: Tensor, bias: Tensor) -> Tensor:
+    if compiled_linear.takes_dense(x, weight_t.t(), bias):
+        return compiled_linear.dense_linear(x, weight_t.t(), bias)
+    return torch.addmm(bias, x, weight_t)
 
 
 def elastic_linears(
