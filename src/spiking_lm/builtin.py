@@ -219,6 +219,12 @@ def spiking_lm_benchmarks(register: Register) -> None:
         ("decode/ternary", "bench_decoding:packed_ternary", "packed ternary products, against dense float32"),
     ):
         register(BenchmarkSpec(name=name, summary=summary, function=f"spiking_lm.{function}"))
+    for name, function, summary in (
+        ("distributed/equal", "bench_equal", "several processes against one, and after one of them was killed"),
+        ("distributed/memory", "bench_memory", "what training keeps: blocks computed again, long sequences in chunks"),
+    ):
+        target = f"spiking_lm.bench_distributed:{function}"
+        register(BenchmarkSpec(name=name, summary=summary, function=target, on_request=True))
 
 
 @hookimpl
