@@ -70,7 +70,7 @@ def together(folder: Path, jobs: list[dict[str, Any]], processes: int) -> list[l
         for rank in range(processes)
     ]
     try:
-        errors = [child.communicate(timeout=300)[1].decode() for child in children]
+        errors = [child.communicate(timeout=900)[1].decode() for child in children]
     finally:
         for child in children:
             child.kill()
