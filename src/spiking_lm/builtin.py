@@ -236,3 +236,10 @@ def spiking_lm_doctor(register: Register) -> None:
         ("kernels", "which implementation of each op runs"),
     ):
         register(DoctorSpec(name=name, summary=summary, function=f"spiking_lm.doctor:check_{name}"))
+    register(
+        DoctorSpec(
+            name="decoding",
+            summary="what decodes single tokens, and how fast memory is",
+            function="spiking_lm.decoding:check_decoding",
+        )
+    )

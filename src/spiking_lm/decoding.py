@@ -32,6 +32,7 @@ from spiking_lm.kernels import dense, events
 from spiking_lm.kernels.decode_plan import Instruction, Matrix, Places, Plan
 from spiking_lm.kernels.decode_run import Compiled, Eager, lif_numbers
 from spiking_lm.kernels.decode_run import refusal as not_compiled
+from spiking_lm.records import Finding
 
 Weights = Literal["float", "int8"]
 EngineName = Literal["compiled", "torch"]
@@ -348,3 +349,15 @@ class _Lowering:
         scale = None if matrix.scale is None else self.places.holding(matrix.scale)
         watched = self.graph.input_kinds(op)[0] != "real"
         self.add(op, "linear", source, parameters=held, matrix=matrix, scale=scale, watched=watched, state=())
+
+
+def check_decoding() -> list[Finding]:
+    """Report what decodes on this machine, and the rates by which the forms of matrices are chosen."""
+    missing = not_compiled()
+    rates = events.rates(compiled=missing is None)
+    shown = ", ".join(
+        f"{name} {getattr(rates, name) / 1e9:.0f} GB/s"
+        for name in ("stream", "gather", *(() if missing else ("int8_stream", "int8_gather", "packed")))
+    )
+    by = f"torch ({missing})" if missing else "compiled code"
+    return [Finding("decoding", "ok", f"by {by}; {shown}, {1e6 * rates.overhead:.1f} us per product of events")]

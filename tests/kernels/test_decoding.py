@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from spiking_lm import create_model, decoding, generate, generation, kernels
+from spiking_lm import bench_decoding, create_model, decoding, generate, generation, kernels
 from spiking_lm.decoding import WATCHED, prepare, refusal
 from spiking_lm.errors import UsageError
 from spiking_lm.generation import iterate
@@ -291,3 +291,28 @@ def test_few_bit_weights_are_read_as_codes(bits: int, symmetric: bool) -> None:
         found = layer(x)
     expected = kernels.gif_linear(x, other.dequantize(), layer.bias, layer.activations)
     torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-3)
+
+
+def test_benchmarks_and_the_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba")
+    monkeypatch.setattr(bench_decoding, "TOKENS", 2)
+    rows = [
+        *bench_decoding.decode_spikegpt(1, n_layer=2, n_embd=32, vocab_size=50),
+        bench_decoding.decode_events(1, side=32, layers=1),
+        *bench_decoding.packed_ternary(1, side=64, copies=3),
+    ]
+    assert [row.name for row in rows] == [
+        *("decode/spikegpt-fp32", "decode/spikegpt-int8", "decode/events", "decode/ternary-spikes"),
+        "decode/ternary-reals",
+    ]
+    assert all(row.value is not None and row.value > 0 and row.note for row in rows)
+    assert rows[0].details["bytes"] == 4 * (2 * 13 * 32**2 + 50 * 32)
+    (finding,) = decoding.check_decoding()
+    assert finding.status == "ok"
+    assert "compiled code" in finding.message
+    monkeypatch.setattr("spiking_lm.decoding.not_compiled", lambda: "there is no compiler")
+    assert "torch (there is no compiler)" in decoding.check_decoding()[0].message
+    monkeypatch.setattr(bench_decoding, "refusal", lambda: "there is no compiler")
+    (row,) = bench_decoding.decode_spikegpt(1)
+    assert row.value is None
+    assert "there is no compiler" in row.note
