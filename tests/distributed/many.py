@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,13 @@ def recipe_of(
     return path
 
 
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_ports(count: int) -> list[int]:
+    """Return ports that nobody listens on."""
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def alone(recipe: Path | None, out: Path, *settings: str, resume: Path | None = None) -> RunDir:
@@ -60,20 +63,22 @@ def environment() -> dict[str, str]:
 
 def together(folder: Path, jobs: list[dict[str, Any]], processes: int) -> list[list[str]]:
     """Run jobs in so many processes; return what became of each in every one of them."""
-    port = {size: free_port() for size in range(1, processes + 1)}
     filled = [{"set": [], "resume": None, "size": 2, **job} for job in jobs]
     file = folder / "jobs.json"
-    file.write_text(json.dumps([{**job, "port": port[job["size"]]} for job in filled]), encoding="utf-8")
+    # A port for every job: whoever is early waits, and meets nobody who has yet to leave the last one.
+    ports = free_ports(len(filled))
+    file.write_text(json.dumps([{**job, "port": port} for job, port in zip(filled, ports, strict=True)]))
     worker = Path(__file__).with_name("worker.py")
     children = [
         subprocess.Popen([sys.executable, str(worker), str(rank), str(file)], env=environment(), stderr=subprocess.PIPE)
         for rank in range(processes)
     ]
     try:
-        errors = [child.communicate(timeout=900)[1].decode() for child in children]
+        errors = [child.communicate(timeout=400)[1].decode() for child in children]
     finally:
         for child in children:
             child.kill()
+            child.wait()
     assert [child.returncode for child in children] == [0] * processes, "\n".join(errors)
     return [json.loads(file.with_suffix(f".{rank}").read_text(encoding="utf-8")) for rank in range(processes)]
 

@@ -18,7 +18,7 @@ import pytest
 from spiking_lm.checkpoints import latest_checkpoint
 from spiking_lm.rundir import RunDir
 
-from .many import GPT, alone, curve, cut_back, environment, free_port, recipe_of, run_in, together
+from .many import GPT, alone, curve, cut_back, environment, free_ports, recipe_of, run_in, together
 
 STEPS = 100
 EGRU = {"type": "egru", "n_embd": 8, "n_hidden": 8, "n_layer": 1}
@@ -82,7 +82,7 @@ def test_ctrl_c_saves_a_stream_that_one_process_goes_on_with(
 ) -> None:
     recipe = recipe_of(tmp_path, "stopped", EGRU, steps=STEPS, eval_every=0, sampling="stream", optimizer={"lr": 1e-4})
     whole = alone(recipe, tmp_path / "alone")
-    port = str(free_port())
+    port = str(free_ports(1)[0])
     command = [sys.executable, "-m", "spiking_lm", "train", str(recipe), "--out", str(tmp_path / "stopped")]
     options: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "preexec_fn": interruptible}
     variables = {**environment(), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
