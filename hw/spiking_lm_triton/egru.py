@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spiking_lm_triton.device import egru as device
-from spiking_lm_triton.machine import takes
+from spiking_lm_triton.machine import operator, takes
 from spiking_lm_triton.sizes import cut
 
 BLOCK, WARPS = 128, 4
@@ -60,7 +60,7 @@ Results = tuple[Tensor, Tensor, Tensor, Tensor]
 """Membranes sent, y (T + 1, B, H), and kept, c, both beginning with the state; events o (T, B, H); products q."""
 
 
-@torch.library.custom_op("spiking_lm_triton::egru_forward", mutates_args=())
+@operator("egru_forward")
 def _forward(
     a: Tensor,
     kernel: Tensor,
@@ -106,7 +106,7 @@ def _prepared(a: Tensor, bias: Tensor, theta: Tensor, keep: Tensor | None) -> tu
     return source, bias.contiguous(), theta.contiguous(), theta if keep is None else keep.contiguous()
 
 
-@torch.library.custom_op("spiking_lm_triton::egru_backward", mutates_args=())
+@operator("egru_backward")
 def _backward(
     a: Tensor,
     kernel: Tensor,

@@ -17,7 +17,7 @@ from spiking_lm.gif import levels
 from spiking_lm.kernels.ops import check_charges
 from spiking_lm.schemes import OFF, ActivationScheme
 from spiking_lm_triton.device import gif as device
-from spiking_lm_triton.machine import stages, takes
+from spiking_lm_triton.machine import operator, stages, takes
 from spiking_lm_triton.sizes import cut, power
 
 MOST_BLOCK, WARPS = 1024, 4
@@ -113,7 +113,7 @@ def _tokens(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
-@torch.library.custom_op("spiking_lm_triton::gif_quantize", mutates_args=())
+@operator("gif_quantize")
 def _quantize(x: Tensor, salient: Tensor | None, scale: Tensor | None, top: int, fine_top: int) -> Tensor:
     out = x.new_empty(x.shape)
     if x.numel():
@@ -130,7 +130,7 @@ def _(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("spiking_lm_triton::gif_quantize_backward", mutates_args=())
+@operator("gif_quantize_backward")
 def _pull_back(g: Tensor, x: Tensor, salient: Tensor | None, scale: Tensor | None, top: int, fine_top: int) -> Tensor:
     out = x.new_empty(x.shape)
     if x.numel():
@@ -156,7 +156,7 @@ def _gradients(ctx: Any, g: Tensor) -> tuple[Any, ...]:
 _quantize.register_autograd(_gradients, setup_context=_keep)
 
 
-@torch.library.custom_op("spiking_lm_triton::gif_int8", mutates_args=())
+@operator("gif_int8")
 def _int8(
     x: Tensor,
     weight: Tensor,
@@ -183,7 +183,7 @@ def _int8(
         codes, tokens, weight.contiguous(), weight_scale.contiguous(),
         codes if salient is None else salient.to(torch.int8), weight_scale if bias is None else bias.contiguous(),
         out, rows, channels, targets, SALIENT=salient is not None, BIASED=bias is not None,
-        num_stages=min(stages(), 3), **tile,
+        num_stages=stages(3, 2), **tile,
     )  # fmt: skip
     return out
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from spiking_lm.config import SurrogateConfig
 from spiking_lm_triton.device import lif as device
-from spiking_lm_triton.machine import stages, takes
+from spiking_lm_triton.machine import operator, stages, takes
 from spiking_lm_triton.sizes import CHUNK, cut
 
 BLOCK, WARPS = 64, 1
@@ -80,7 +80,7 @@ def _three(x: Tensor) -> tuple[Tensor, int, int]:
     return x, x.shape[1], x.shape[2]
 
 
-@torch.library.custom_op("spiking_lm_triton::lif_forward", mutates_args=())
+@operator("lif_forward")
 def _forward(
     x: Tensor,
     v0: Tensor | None,
@@ -104,7 +104,7 @@ def _forward(
         return spikes, v, marks
     drift = 0.0 if v_reset is None else (1 - beta) * v_reset
     start = None if v0 is None else v0.contiguous()
-    device.lif_forward[(cut(inner, BLOCK), outer)](
+    device.lif_forward[(cut(inner, BLOCK) * outer,)](
         source, x if start is None else start, spikes, v, marks,
         x.shape[0], outer, inner, cut(inner, 32), *source.stride(), beta, gain, drift, threshold, v_reset or 0.0,
         STARTED=start is not None, PACKED=packed, EVERY_V=not final_only, MARK=marked, STRICT=strict,
@@ -127,7 +127,7 @@ def _(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _results(x, final_only, packed, marked)
 
 
-@torch.library.custom_op("spiking_lm_triton::lif_backward", mutates_args=())
+@operator("lif_backward")
 def _backward(
     x: Tensor,
     marks: Tensor,
@@ -152,7 +152,7 @@ def _backward(
     scratch = x.new_empty((min(CHUNK, x.shape[0]), outer, inner), dtype=torch.float32)
     drift = 0.0 if v_reset is None else (1 - beta) * v_reset
     from_spikes, from_v = (g_x if g is None else g.contiguous() for g in (g_spikes, g_v))
-    device.lif_backward[(cut(inner, BLOCK), outer)](
+    device.lif_backward[(cut(inner, BLOCK) * outer,)](
         source, marks, scratch, from_spikes, from_v, g_x, g_v0,
         x.shape[0], outer, inner, *source.stride(), beta, gain, drift, threshold, v_reset or 0.0, alpha,
         FROM_SPIKES=g_spikes is not None, FROM_V=g_v is not None, EVERY_V=not final_only, STRICT=strict,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spiking_lm_triton.device import linear as device
-from spiking_lm_triton.machine import takes
+from spiking_lm_triton.machine import operator, takes
 from spiking_lm_triton.sizes import GATHER_K, GATHER_N, MOST_ROWS, cut, parts
 
 COMPACT = {"BLOCK": 1024, "num_warps": 4}
@@ -85,7 +85,7 @@ def _sums(out: Tensor, bias: Tensor | None) -> Tensor:
     return out.zero_() if bias is None else out.copy_(bias.expand_as(out))
 
 
-@torch.library.custom_op("spiking_lm_triton::spike_linear", mutates_args=())
+@operator("spike_linear")
 def _spike_linear(x: Tensor, weight_t: Tensor, bias: Tensor | None) -> Tensor:
     (rows, sources), targets = x.shape, weight_t.shape[1]
     out = weight_t.new_empty((rows, targets))
@@ -114,7 +114,7 @@ def _(x: Tensor, weight_t: Tensor, bias: Tensor | None) -> Tensor:
     return weight_t.new_empty((x.shape[0], weight_t.shape[1]))
 
 
-@torch.library.custom_op("spiking_lm_triton::int8_linear", mutates_args=())
+@operator("int8_linear")
 def _int8_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     out = x.new_empty((x.shape[0], codes.shape[0]))
     if not x.numel() or not out.numel():
@@ -132,11 +132,11 @@ def _(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((x.shape[0], codes.shape[0]))
 
 
-@torch.library.custom_op("spiking_lm_triton::pack_spikes", mutates_args=())
+@operator("pack_spikes")
 def _pack_spikes(s: Tensor, planes: int) -> Tensor:
     words = s.new_empty((s.shape[0], planes, cut(s.shape[1], 32)), dtype=torch.int32)
     if words.numel():
-        device.pack[(cut(words.shape[2], PACK["BLOCK"]), s.shape[0])](
+        device.pack[(s.shape[0], cut(words.shape[2], PACK["BLOCK"]))](
             s, words, s.shape[1], words.shape[2], PLANES=planes, **PACK
         )
     return words
@@ -147,7 +147,7 @@ def _(s: Tensor, planes: int) -> Tensor:
     return s.new_empty((s.shape[0], planes, cut(s.shape[1], 32)), dtype=torch.int32)
 
 
-@torch.library.custom_op("spiking_lm_triton::packed_linear", mutates_args=())
+@operator("packed_linear")
 def _packed_linear(words: Tensor, planes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     out = scale.new_empty((words.shape[0], planes.shape[1]))
     if not words.numel() or not out.numel():
@@ -165,7 +165,7 @@ def _(words: Tensor, planes: Tensor, scale: Tensor, bias: Tensor | None) -> Tens
     return scale.new_empty((words.shape[0], planes.shape[1]))
 
 
-@torch.library.custom_op("spiking_lm_triton::ternary_linear", mutates_args=())
+@operator("ternary_linear")
 def _ternary_linear(x: Tensor, planes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     out = x.new_empty((x.shape[0], planes.shape[1]))
     if not x.numel() or not out.numel():

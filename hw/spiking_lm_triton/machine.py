@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch._library.custom_ops import CustomOpDef
 
 FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32})
 """What kernels read and write; they compute in float32."""
@@ -42,9 +48,26 @@ def takes(*tensors: Tensor | None, dtypes: frozenset[torch.dtype] | None = FLOAT
     return True
 
 
-def stages() -> int:
-    """Return how many steps of a scan are on their way to the processors at once.
+def stages(nvidia: int = 8, amd: int = 4) -> int:
+    """Return how many steps of a loop are on their way to the processors at once; as it stands, for scans.
 
     NVIDIA's copy to shared memory asynchronously; on AMD's what is on its way takes registers.
     """
-    return 8 if torch.version.hip is None else 2
+    return nvidia if torch.version.hip is None else amd
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
+    """Make a ``torch.library`` operator of a function, which launches on the GPU of its first argument.
+
+    Triton launches on whichever GPU is current, and would hand it addresses of another one.
+    """
+
+    def declare(function: Callable[..., Any]) -> CustomOpDef:
+        @wraps(function)
+        def there(*args: Any) -> Any:
+            with torch.cuda.device_of(args[0]):  # type: ignore[no-untyped-call]
+                return function(*args)
+
+        return torch.library.custom_op(f"spiking_lm_triton::{name}", there, mutates_args=())
+
+    return declare

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spiking_lm.kernels import WKVState
 from spiking_lm_triton.device import wkv as device
-from spiking_lm_triton.machine import stages, takes
+from spiking_lm_triton.machine import operator, stages, takes
 from spiking_lm_triton.sizes import CHUNK, cut
 
 BLOCK, WARPS = 64, 1
@@ -43,7 +43,7 @@ def _places(p: Tensor, n_steps: int, recorded: bool) -> Tensor:
     return p.new_empty((3, cut(n_steps, CHUNK) if recorded else 0, *p.shape))
 
 
-@torch.library.custom_op("spiking_lm_triton::wkv_forward", mutates_args=())
+@operator("wkv_forward")
 def _forward(
     w: Tensor,
     u: Tensor,
@@ -74,7 +74,7 @@ def _results(w: Tensor, u: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Te
 _forward.register_fake(_results)
 
 
-@torch.library.custom_op("spiking_lm_triton::wkv_backward", mutates_args=())
+@operator("wkv_backward")
 def _backward(
     w: Tensor,
     u: Tensor,

@@ -724,3 +724,22 @@ def test_compiled_graphs_are_whole(backend: str) -> None:
     got = torch.autograd.grad(torch.compile(model, fullgraph=True, backend=backend)(*inputs), inputs)
     for a, b in zip(got, expected, strict=True):
         close(a, b, 1e-6)
+
+
+def test_public_ops_stay_single_nodes_when_triton_runs_them() -> None:
+    """Traced, an op of the core is one node; what runs behind it is chosen when the graph runs."""
+    scheme = ActivationScheme(bits=4)
+
+    def model(x: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> Tensor:
+        spikes, _ = kernels.lif_scan(x, **LIF, final_only=True)
+        y, _ = kernels.wkv(torch.zeros(6), torch.ones(6), k, v)
+        return spikes.sum() + (y * y).sum() + kernels.gif_linear(k, weight, None, scheme).sum()
+
+    leaves = [2 * normal(0, 5, 2, 6), normal(1, 2, 5, 6), normal(2, 2, 5, 6), normal(3, 4, 6)]
+    inputs = [t.clone().requires_grad_() for t in leaves]
+    torch._dynamo.reset()
+    with kernels.use(lif_scan="triton", wkv="triton", gif_linear="triton"):
+        expected = torch.autograd.grad(model(*inputs), inputs)
+        got = torch.autograd.grad(torch.compile(model, fullgraph=True, backend="aot_eager")(*inputs), inputs)
+    for a, b in zip(got, expected, strict=True):
+        close(a, b, 1e-6)

@@ -6,6 +6,13 @@ import triton.language as tl
 
 
 @triton.jit
+def place(inner, BLOCK: tl.constexpr):
+    """Return row and block of this program. All are counted in one dimension: others end at 65535."""
+    blocks = (inner + BLOCK - 1) // BLOCK
+    return (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+
+
+@triton.jit
 def membrane(v, x, beta, gain, drift):
     """Charge, in the order of the reference: without fused multiply-adds the result is the same to the bit."""
     return beta * v + gain * x + drift
@@ -54,9 +61,9 @@ def lif_forward(
     ``v0 (outer, inner)``, ``spikes (T, outer, inner)`` or ``(T, outer, words)``, ``v_out`` like v0 or (EVERY_V) x,
     ``marks (ceil(T / CHUNK), outer, inner)``, all contiguous; ``x`` of any strides.
     """
-    row = tl.program_id(1).to(tl.int64)
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    word = tl.program_id(0) * (BLOCK // 32) + tl.arange(0, BLOCK // 32)
+    row, block = place(inner, BLOCK)
+    n = block * BLOCK + tl.arange(0, BLOCK)
+    word = block * (BLOCK // 32) + tl.arange(0, BLOCK // 32)
     there, size = n < inner, outer.to(tl.int64) * inner
     at = row * inner + n
     v = tl.zeros((BLOCK,), tl.float32)
@@ -96,8 +103,8 @@ def lif_backward(
 
     ``scratch (CHUNK, outer, inner)`` holds the membranes of a chunk and stays in the cache. Gradients are contiguous.
     """
-    row = tl.program_id(1).to(tl.int64)
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row, block = place(inner, BLOCK)
+    n = block * BLOCK + tl.arange(0, BLOCK)
     there, size = n < inner, outer.to(tl.int64) * inner
     at = row * inner + n
     g = tl.zeros((BLOCK,), tl.float32)  # of the membrane after the step

@@ -79,8 +79,8 @@ def combine(shares, bias, out, rows, targets, BIASED: tl.constexpr, PARTS: tl.co
 @triton.jit
 def pack(s, words, sources, n_words, PLANES: tl.constexpr, BLOCK: tl.constexpr):
     """Put the signs of ``s (rows, sources)`` into ``words (rows, PLANES, n_words)``, 32 to each."""
-    row = tl.program_id(1).to(tl.int64)
-    word = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    word = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     bit = tl.arange(0, 32)
     j = word[:, None] * 32 + bit[None, :]
     v = tl.load(s + row * sources + j, mask=j < sources, other=0.0).to(tl.float32)
