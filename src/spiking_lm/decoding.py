@@ -192,6 +192,8 @@ class _Lowering:
         self.model, self.int8 = model, int8
         self.check()
         self.graph = model.graph()
+        if not self.graph.ops or self.graph.ops[-1].kind != "linear":
+            raise _Refused("its graph does not end with the matrix of its logits")
         self.parameters = model.state_dict(keep_vars=True)
         self.places = Places()
         self.state: dict[tuple[int | str, ...], slice] = {}

@@ -50,12 +50,12 @@ def takes_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Say whether :func:`dense_linear` takes ``x (..., K)`` and ``weight (N, K)``: few rows and no gradient."""
     return (
         weight.numel() >= LEAST_WEIGHTS
+        and not traced()  # asked before sizes are, which a tracer would take for conditions
         and 0 < x.numel() <= MOST_ROWS * weight.shape[1]
         and x.shape[-1] == weight.shape[1]
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
         and weight.is_contiguous()
-        and not traced()
         and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)))
         and not torch.is_autocast_enabled("cpu")
         and available()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from spiking_lm.kernels import compiled_linear
+from spiking_lm.kernels.dispatch import traced
 from spiking_lm.kernels.products import dense_operator
 
 LEAST_ROWS = 16
@@ -25,6 +26,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Those are for float32 on a CPU, and differ by rounding: for LEAST_ROWS rows or more, whose gradients can then be
     taken once, and without gradients for the few rows of single tokens.
     """
+    if traced():
+        return F.linear(x, weight, bias)
     if compiled_linear.takes_dense(x, weight, bias):
         return compiled_linear.dense_linear(x, weight, bias)
     rows = x.numel() // max(x.shape[-1], 1)

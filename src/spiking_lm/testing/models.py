@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spiking_lm.decoding import prepare, refusal
 from spiking_lm.graph import LMGraph
 from spiking_lm.interfaces import SpikingLanguageModel, State, map_state, observe, select_rows
 from spiking_lm.testing.checks import (
@@ -92,6 +93,17 @@ class ModelContract(EncoderLaws, SequenceLaws):
             plain, started = model(tokens), model(tokens, model.init_state(len(tokens)))
         assert_identical(started.logits, plain.logits, "state None against init_state(), logits")
         assert_states_identical(started.state, plain.state, "state None against init_state()")
+
+    def test_prepared_decoding_is_the_model(self, model: SpikingLanguageModel) -> None:
+        """Where a model's graph says all that decoding needs, it says what the model computes."""
+        reason = refusal(model)
+        if reason is not None:
+            pytest.skip(f"it is not prepared for decoding: {reason}")
+        decoder, state = prepare(model, engine="torch"), model.init_state(1)
+        with torch.no_grad():
+            for token in self.tokens(model, 1, 8)[0]:
+                expected, state = model.step(token[None], state)
+                assert_close(decoder.feed(int(token)), expected[0], "logits of prepared decoding")
 
     def test_logits_have_the_shape_of_the_vocabulary(self, model: SpikingLanguageModel) -> None:
         start, tokens = self.start(model, 3), self.tokens(model)
