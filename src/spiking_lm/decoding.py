@@ -192,7 +192,8 @@ class _Lowering:
         self.model, self.int8 = model, int8
         self.check()
         self.graph = model.graph()
-        if not self.graph.ops or self.graph.ops[-1].kind != "linear":
+        last = self.graph.ops[-1] if self.graph.ops else None
+        if last is None or last.kind != "linear" or last.size != getattr(model.config, "vocab_size", None):
             raise _Refused("its graph does not end with the matrix of its logits")
         self.parameters = model.state_dict(keep_vars=True)
         self.places = Places()

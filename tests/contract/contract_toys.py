@@ -278,6 +278,13 @@ class GraphForgetsAMatrix(Toy):
         return [SpikeSite("cells", "binary", feeds=("head",))]
 
 
+class GraphLeavesOutTheMiddle(Toy):
+    def graph(self) -> LMGraph:
+        c, n = self.config, self.config.n_embd
+        emb = Op("emb", "embedding", ("tokens",), "real", n, module="emb")
+        return LMGraph((emb, Op("head", "linear", ("emb",), "real", c.vocab_size, "head", (c.vocab_size, n))))
+
+
 class GraphSaysReal(Toy):
     def graph(self) -> LMGraph:
         ops = list(super().graph())
