@@ -99,8 +99,8 @@ def bench_step(
     )
 
 
-train_fp32 = partial(bench_step, torch.float32, {"numba": 1.3, "torch": 1.6})
-train_bf16 = partial(bench_step, torch.bfloat16, {"numba": 1.6})
+train_fp32 = partial(bench_step, torch.float32, {"numba": 1.3, "torch": 1.3})
+train_bf16 = partial(bench_step, torch.bfloat16, {"numba": 1.6, "torch": 1.6})
 
 # -- bfloat16 ----------------------------------------------------------------------------------------------------------
 
@@ -128,7 +128,7 @@ def bf16_curve(repeats: int, *, steps: int = 500, changes: Sequence[str] = ()) -
     apart = 100 * np.abs(smooth["bf16"] / smooth["fp32"] - 1)
     last = {name: float(values[-1]) for name, values in smooth.items()}
     return Row(
-        "spikegpt/bf16-loss",
+        "bf16/loss",
         f"SpikeGPT of the quickstart, {steps} steps: training loss under bf16 autocast away from fp32, averaged "
         f"over {width} steps, at most",
         float(apart.max()),

@@ -219,12 +219,19 @@ def spiking_lm_benchmarks(register: Register) -> None:
         ("decode/ternary", "bench_decoding:packed_ternary", "packed ternary products, against dense float32"),
     ):
         register(BenchmarkSpec(name=name, summary=summary, function=f"spiking_lm.{function}"))
-    for name, function, summary in (
-        ("distributed/equal", "bench_equal", "several processes against one, and after one of them was killed"),
-        ("distributed/memory", "bench_memory", "what training keeps: blocks computed again, long sequences in chunks"),
+    for name, function, summary in (  # they take minutes
+        ("distributed/equal", "bench_distributed:bench_equal", "several processes against one, after a killed one too"),
+        ("distributed/memory", "bench_distributed:bench_memory", "what training keeps: blocks computed again, chunks"),
+        ("bf16/loss", "bench_training:bf16_curve", "500 steps of the quickstart under bf16 autocast, against float32"),
+        ("lengths/spikegpt", "bench_lengths:spikegpt", "time per token and memory of SpikeGPT, from 1k to 64k tokens"),
+        ("lengths/egru", "bench_lengths:egru", "the same of EGRU"),
+        ("lengths/document", "bench_lengths:bench_document", "memory of scoring documents of 64 KiB to 1 MiB"),
+        *(
+            (f"profile/{model}", f"bench_profile:{model}", f"where the time of {model} goes, in training and inference")
+            for model in ("spikegpt", "egru", "spikelm", "bitspike", "spikellm")
+        ),
     ):
-        target = f"spiking_lm.bench_distributed:{function}"
-        register(BenchmarkSpec(name=name, summary=summary, function=target, on_request=True))
+        register(BenchmarkSpec(name=name, summary=summary, function=f"spiking_lm.{function}", on_request=True))
 
 
 @hookimpl

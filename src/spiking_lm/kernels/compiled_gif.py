@@ -41,7 +41,8 @@ def supports_gif_linear(
     """Say whether :func:`gif_linear` takes these inputs, or why not."""
     if mode != "fake" or scheme.bits >= OFF:
         return "only mode='fake' with fewer than 16 bits is compiled: the others are not there for speed"
-    return takes(x.numel(), x, weight, bias, scale)
+    # A single token is little work, but its product is not, and these are one call instead of a dozen.
+    return takes(x.numel() + weight.numel() // 4, x, weight, bias, scale)
 
 
 def gif_linear(
@@ -65,7 +66,8 @@ def gif_linear(
 def _arguments(x: Tensor, scheme: ActivationScheme, salient: Tensor | None, scale: Tensor | None) -> tuple[Any, ...]:
     """Return ``x`` as rows and all that the loops want to know beside gradients and results."""
     dtype = compute_dtype(x)
-    rows = x.reshape(-1, x.shape[-1]).to(dtype)
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    rows = rows if rows.dtype == dtype else rows.to(dtype)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     numbers = _numbers(scheme, salient is not None, dtype)
     limits = nothing(dtype) if scale is None else scale.detach().to(dtype).numpy()
@@ -84,7 +86,7 @@ def _quantized(x: Tensor, scheme: ActivationScheme, salient: Tensor | None, scal
     args = _arguments(x, scheme, salient, scale)
     out = fresh(torch.empty(x.shape, dtype=compute_dtype(x)))
     run(_jit().quantize, x.numel() // x.shape[-1], x.numel(), *args, memory(out))
-    return out.to(x.dtype)
+    return out if out.dtype == x.dtype else out.to(x.dtype)
 
 
 class _Quantize(torch.autograd.Function):
