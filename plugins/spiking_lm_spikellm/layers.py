@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from spiking_lm.gif import gif_encode, gif_quantize
 from spiking_lm.integers import IntegerLayer, SpikeProduct, integer_layer
 from spiking_lm.kernels import gif_linear, int8_linear
-from spiking_lm.kernels.compiled_linear import LEAST_WEIGHTS, MOST_ROWS, available
+from spiking_lm.kernels.compiled import missing
+from spiking_lm.kernels.compiled_linear import LEAST_WEIGHTS, MOST_ROWS
 from spiking_lm.kernels.dense import linear
 from spiking_lm.quantization import QuantizedWeight, round_to_nearest
 from spiking_lm.schemes import OFF, ActivationScheme, WeightScheme
@@ -114,7 +115,7 @@ class SpikingLinear(PackedLayer):
             and x.numel() <= MOST_ROWS * self.in_features
             and x.dtype == torch.float32
             and x.device.type == "cpu"
-            and available()
+            and missing() is None
         )
 
     def _by_codes(self, x: Tensor) -> Tensor:

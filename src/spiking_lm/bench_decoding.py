@@ -17,8 +17,9 @@ from spiking_lm.bench import Job, Row, interleaved
 from spiking_lm.bench_training import spikegpt
 from spiking_lm.decoding import Decoder, prepare
 from spiking_lm.kernels import int8_linear, pack_spikes, pack_ternary, packed_linear, spike_linear, ternary_linear
+from spiking_lm.kernels.compiled import missing
 from spiking_lm.kernels.decode_plan import Instruction, Matrix, Places, Plan
-from spiking_lm.kernels.decode_run import Compiled, refusal
+from spiking_lm.kernels.decode_run import Compiled
 
 TOKENS = 12
 """Tokens per turn of a job."""
@@ -62,9 +63,9 @@ def _reading(bytes_: int, times: int = TOKENS) -> dict[str, Job]:
 def decode_spikegpt(repeats: int, *, n_layer: int = 12, n_embd: int = 512, vocab_size: int = 5458) -> list[Row]:
     """Decode greedily with SpikeGPT in float32 and int8, against reading all of its matrices once per token."""
     what = f"SpikeGPT {n_layer}x{n_embd}, V {vocab_size}, cached generation"
-    missing = refusal()
-    if missing is not None:
-        return [Row("decode/spikegpt", what, None, note=f"{_NO_COMPILER} ({missing})")]
+    reason = missing()
+    if reason is not None:
+        return [Row("decode/spikegpt", what, None, note=f"{_NO_COMPILER} ({reason})")]
     model = spikegpt(n_layer, n_embd, vocab_size).eval()
     weights = prepare(model).bytes_per_token()
     decoders = {"float32": prepare(model), "int8": prepare(model, weights="int8")}
@@ -156,7 +157,7 @@ def decode_events(repeats: int, *, activity: float = 0.1, side: int = 512, layer
         "dense, torch.mv": each(lambda x, w: torch.mv(w, x), by_row, 1),
         "dense, F.linear": each(lambda x, w: torch.nn.functional.linear(x[None], w), by_row, 1),
     }
-    if refusal() is None:
+    if missing() is None:
         jobs["events, decoding"] = partial(Compiled(_plan(by_source, inputs, True)), 0)
         jobs["dense, decoding"] = partial(Compiled(_plan(by_row, inputs, False)), 0)
     times = interleaved(jobs, repeats)
@@ -197,7 +198,7 @@ def packed_ternary(repeats: int, *, side: int = 512, copies: int = 120) -> list[
         "dense, int8": each(lambda m: int8_linear(x, m, scale), int8),
         "dense, torch.mv": each(lambda m: torch.mv(m, x), floats),
     }
-    if refusal() is None:  # kernels alone, as within a plan
+    if missing() is None:  # kernels alone, as within a plan
         from spiking_lm.kernels import jit_linear
 
         jit: Any = jit_linear

@@ -8,7 +8,6 @@ generation then goes by ``model.step``.
 
 from __future__ import annotations
 
-import sys
 from typing import Any, Literal, cast
 
 import torch
@@ -28,10 +27,9 @@ from spiking_lm.interfaces import (
     TokenShiftDynamics,
     WKVDynamics,
 )
-from spiking_lm.kernels import dense, events
+from spiking_lm.kernels import compiled, dense, events
 from spiking_lm.kernels.decode_plan import Instruction, Matrix, Places, Plan
 from spiking_lm.kernels.decode_run import Compiled, Eager, lif_numbers
-from spiking_lm.kernels.decode_run import refusal as not_compiled
 from spiking_lm.records import Finding
 
 Weights = Literal["float", "int8"]
@@ -58,22 +56,28 @@ def refusal(model: SpikingLanguageModel, weights: Weights = "float") -> str | No
     return None
 
 
-def prepare(model: SpikingLanguageModel, *, weights: Weights = "float", engine: EngineName | None = None) -> Decoder:
+def prepare(
+    model: SpikingLanguageModel,
+    *,
+    weights: Weights = "float",
+    engine: EngineName | None = None,
+    rates: events.Rates | None = None,
+) -> Decoder:
     """Prepare ``model`` for decoding one stream of tokens; its weights must not change while it is used.
 
     ``weights="float"`` computes what ``model.step`` does, up to the order of sums, and reads the model's own matrices.
     ``"int8"`` reads a quarter of the bytes: codes with a scale per row of each matrix. ``engine`` is ``"compiled"``
-    (with the extra ``cpu``) or ``"torch"``; None: the first that can run and, in a process that has not loaded it, is
-    worth loading: for int8, and for models of :data:`LARGE` weights. Raises: UsageError with the reason where the
-    model cannot be prepared, or the engine cannot run.
+    (with the extra ``cpu``) or ``"torch"``; None: the first that can run and is worth loading: for int8, and for models
+    of :data:`LARGE` weights. By ``rates`` the form of a matrix is chosen; None measures those of this machine, so that
+    sums may be made in another order in another process. Raises: UsageError with the reason where the model cannot be
+    prepared, or the engine cannot run.
     """
     if weights not in ("float", "int8") or engine not in ("compiled", "torch", None):
         raise UsageError(
             f"prepare: weights is 'float' or 'int8', engine 'compiled' or 'torch': {weights!r}, {engine!r}"
         )
-    loaded = "spiking_lm.kernels.jit_decode" in sys.modules
-    worth_it = loaded or engine is not None or weights == "int8" or model.num_parameters() >= LARGE
-    missing = not_compiled() if worth_it else "it is not worth loading"
+    worth_it = engine is not None or weights == "int8" or model.num_parameters() >= LARGE
+    missing = compiled.missing() if worth_it else "it is not worth loading"
     if engine == "compiled" and missing is not None:
         raise UsageError(f"compiled decoding cannot run here: {missing}")
     try:
@@ -83,7 +87,7 @@ def prepare(model: SpikingLanguageModel, *, weights: Weights = "float", engine: 
             f"this {type(model).__name__} cannot be prepared for decoding: {err}",
             hint="model.step and plain generation work for all models",
         ) from None
-    return Decoder(model, plan, weights, engine or ("torch" if missing else "compiled"))
+    return Decoder(model, plan, weights, engine or ("torch" if missing else "compiled"), rates)
 
 
 class Decoder:
@@ -93,8 +97,15 @@ class Decoder:
     own. :meth:`step` is ``model.step`` for one row.
     """
 
-    def __init__(self, model: SpikingLanguageModel, plan: Plan, weights: Weights, engine: EngineName) -> None:
-        self.model, self.plan, self.weights, self.engine = model, plan, weights, engine
+    def __init__(
+        self,
+        model: SpikingLanguageModel,
+        plan: Plan,
+        weights: Weights,
+        engine: EngineName,
+        rates: events.Rates | None,
+    ) -> None:
+        self.model, self.plan, self.weights, self.engine, self._rates = model, plan, weights, engine, rates
         self._vocab_size = next(i.table.shape[0] for i in plan.instructions if i.table is not None)
         self._run = Compiled(plan) if engine == "compiled" else Eager(plan)
         self._fed = 0
@@ -155,7 +166,7 @@ class Decoder:
 
     def _choose_forms(self) -> None:
         """Give each matrix whose sources were counted the form that costs least for so many."""
-        rates, changed = events.rates(compiled=self.engine == "compiled"), False
+        rates, changed = self._rates or events.rates(compiled=self.engine == "compiled"), False
         for at, step in enumerate(self.plan.instructions):
             if step.watched and step.matrix is not None:
                 changed |= step.matrix.choose(float(self._run.counts[at]) / self._fed, rates)
@@ -356,7 +367,7 @@ class _Lowering:
 
 def check_decoding() -> list[Finding]:
     """Report what decodes on this machine, and the rates by which the forms of matrices are chosen."""
-    missing = not_compiled()
+    missing = compiled.missing()
     rates = events.rates(compiled=missing is None)
     shown = ", ".join(
         f"{name} {getattr(rates, name) / 1e9:.0f} GB/s"

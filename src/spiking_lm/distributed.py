@@ -37,9 +37,8 @@ from spiking_lm.recipe import Recipe
 from spiking_lm.recompute import blocks_of
 from spiking_lm.rundir import RunDir
 from spiking_lm.stages import TrainConfig
-from spiking_lm.world import World
+from spiking_lm.world import LAUNCHER, World
 
-_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
 _LOST = re.compile(r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|socket|peer", re.IGNORECASE)
 _TIMEOUT = timedelta(minutes=30)  # between two collectives, e.g. while rank 0 writes a checkpoint
 _LOOK_EVERY = 0.05  # seconds
@@ -335,7 +334,7 @@ def members() -> Iterator[Members]:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=PrefixStore("group", store), rank=rank, world_size=size, timeout=_TIMEOUT)
-    hidden = {name: os.environ.pop(name) for name in _LAUNCHER if name in os.environ}
+    hidden = {name: os.environ.pop(name) for name in LAUNCHER if name in os.environ}
     world = Members(store, rank, size, device)
     try:
         yield world

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from spiking_lm.decoding import Decoder, Weights, prepare
 from spiking_lm.errors import UsageError
 from spiking_lm.interfaces import SpikingLanguageModel, State, longest_text
+from spiking_lm.kernels.events import DEFAULT_RATES
 from spiking_lm.stages import GenerateConfig
 
 if TYPE_CHECKING:
@@ -118,7 +119,9 @@ def _prepared(model: SpikingLanguageModel, rows: int, weights: Weights | None) -
     if rows != 1:
         return None
     try:
-        return prepare(model, weights=weights or "float")
+        if weights is not None:
+            return prepare(model, weights=weights)
+        return prepare(model, rates=DEFAULT_RATES)  # same seed, same text: nothing is measured for it
     except UsageError:
         if weights is not None:
             raise
@@ -147,7 +150,8 @@ def generate(
     ``state`` is what went before the prompt, for instance ``model.read(source, lengths)``; None: nothing.
     ``stream`` is called with each new token (``()`` or ``(B,)``) as it is drawn. Same seed, same text.
     ``weights`` are those that tokens after the prompt are read with (:mod:`spiking_lm.decoding`): ``"float"`` or
-    ``"int8"`` insist on prepared decoding; None takes it for one stream, in float, where the model can be prepared.
+    ``"int8"`` insist on prepared decoding, tuned to this machine by measured rates; None takes it for one stream, in
+    float and by built-in rates, where the model can be prepared.
     Raises UsageError for an empty prompt, and for more tokens than the model has positions for.
     """
     prompt = torch.as_tensor(prompt_ids, dtype=torch.long, device=next(model.parameters()).device)

@@ -32,13 +32,13 @@ from spiking_lm.manifest import plain
 from spiking_lm.recipe import Recipe, load_recipe, variants
 from spiking_lm.rundir import RunDir
 from spiking_lm.stages import CompareConfig
+from spiking_lm.world import LAUNCHER
 
 Finished = Iterator[tuple[Path, int]]
 """Runs and their exit codes, as they end."""
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.\-]+")
 _SEPARATOR = re.compile(r",(?![^\[{]*[\]}])")  # not the commas within a list or a mapping
-_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
 
 
 def points(recipe: Recipe, over: Sequence[str]) -> dict[str, tuple[dict[str, Any], Recipe]]:
@@ -170,7 +170,7 @@ _lock = threading.Lock()
 
 
 def _environment(threads: int) -> dict[str, str]:
-    return {"OMP_NUM_THREADS": str(threads), **{k: v for k, v in os.environ.items() if k not in _LAUNCHER}}
+    return {"OMP_NUM_THREADS": str(threads), **{k: v for k, v in os.environ.items() if k not in LAUNCHER}}
 
 
 def _threads(jobs: int) -> int:

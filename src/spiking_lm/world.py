@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from spiking_lm.stages import TrainConfig
 
 
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
+"""What torchrun tells a process that it is."""
+
+
 class World:
     """A process that trains alone, and what one of several does differently."""
 

@@ -17,7 +17,7 @@ from spiking_lm.decoding import WATCHED, prepare, refusal
 from spiking_lm.errors import UsageError
 from spiking_lm.generation import iterate
 from spiking_lm.interfaces import SpikingLanguageModel, map_state
-from spiking_lm.kernels import decode_run, events
+from spiking_lm.kernels import compiled, events
 from spiking_lm.schemes import ActivationScheme, WeightScheme
 
 ENGINES = ["compiled", "torch"]
@@ -68,9 +68,10 @@ def _compiler(request: pytest.FixtureRequest) -> None:
 def _built_in_rates(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Choose forms as on a machine where events pay at this size too."""
     monkeypatch.setenv(events.ENVIRONMENT, "gather=1e12,int8_gather=1e12,overhead=1e-12")
-    events.rates.cache_clear()
+    rates = events.rates  # a test may put something else there
+    rates.cache_clear()
     yield
-    events.rates.cache_clear()
+    rates.cache_clear()
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -181,8 +182,7 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     del model.step
     model.head.register_forward_hook(lambda *_: None)
     assert "hooks" in str(refusal(model))
-    monkeypatch.setattr(decode_run, "refusal", lambda: "there is no compiler")
-    monkeypatch.setattr("spiking_lm.decoding.not_compiled", lambda: "there is no compiler")
+    monkeypatch.setattr(compiled, "missing", lambda: "there is no compiler")
     assert prepare(_model("egru")).engine == "torch"
     with pytest.raises(UsageError, match="there is no compiler"):
         prepare(_model("egru"), engine="compiled")
@@ -228,6 +228,25 @@ def test_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measured.gemm == events.DEFAULT_RATES.gemm
 
 
+def test_text_that_nobody_tuned_depends_on_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither on the machine's rates nor on what the process has loaded: same seed, same text."""
+    model, decoders = _model("spike_input"), []
+
+    def measured(compiled: bool = False) -> events.Rates:
+        raise AssertionError("measured")
+
+    def preparing(model: SpikingLanguageModel, **options: Any) -> Any:
+        decoders.append(prepare(model, **options))
+        return decoders[-1]
+
+    monkeypatch.setattr(events, "rates", measured)
+    monkeypatch.setattr(generation, "prepare", preparing)
+    generate(model, [1, 2, 3], max_new_tokens=40, seed=3)
+    assert [decoder.engine for decoder in decoders] == ["torch"]
+    with pytest.raises(AssertionError, match="measured"):
+        generate(model, [1, 2, 3], max_new_tokens=40, seed=3, weights="float")
+
+
 @pytest.mark.parametrize("name", ["spikegpt", "egru"])
 def test_generation_decodes_prepared_where_it_can(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = _model(name)
@@ -237,9 +256,12 @@ def test_generation_decodes_prepared_where_it_can(name: str, monkeypatch: pytest
     step = type(model).step
     monkeypatch.setattr(type(model), "step", lambda self, *args: (steps.append(1), step(self, *args))[1])
     asked: list[str] = []
-    monkeypatch.setattr(
-        generation, "prepare", lambda model, weights: (asked.append(weights), prepare(model, weights=weights))[1]
-    )
+
+    def preparing(model: SpikingLanguageModel, weights: Any = "float", **options: Any) -> Any:
+        asked.append(weights)
+        return prepare(model, weights=weights, **options)
+
+    monkeypatch.setattr(generation, "prepare", preparing)
     for weights in (None, "float", "int8"):
         texts[weights] = generate(model, [1, 2, 3], weights=weights, **options)
     assert not steps
@@ -310,9 +332,9 @@ def test_benchmarks_and_the_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
     (finding,) = decoding.check_decoding()
     assert finding.status == "ok"
     assert "compiled code" in finding.message
-    monkeypatch.setattr("spiking_lm.decoding.not_compiled", lambda: "there is no compiler")
+    monkeypatch.setattr(compiled, "missing", lambda: "there is no compiler")
     assert "torch (there is no compiler)" in decoding.check_decoding()[0].message
-    monkeypatch.setattr(bench_decoding, "refusal", lambda: "there is no compiler")
+    monkeypatch.setattr(bench_decoding, "missing", lambda: "there is no compiler")
     (row,) = bench_decoding.decode_spikegpt(1)
     assert row.value is None
     assert "there is no compiler" in row.note

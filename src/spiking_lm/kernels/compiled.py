@@ -7,6 +7,7 @@ to be worth it, and its machine code is kept on disk (``$SPIKING_LM_CACHE``), so
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import math
 import os
 import sys
@@ -49,8 +50,10 @@ def _jit() -> ModuleType:
 
 
 @lru_cache(maxsize=1)
-def _broken() -> str | None:
-    """Import the loops; say why that cannot be done, for example that numba does not know this numpy yet."""
+def missing() -> str | None:
+    """Import the loops; say why compiled code cannot run here, for example that numba does not know this numpy yet."""
+    if importlib.util.find_spec("numba") is None:
+        return "numba is not installed: pip install 'spiking-lm[cpu]'"
     try:
         _jit()
     except (ImportError, AttributeError, OSError) as err:
@@ -67,7 +70,7 @@ def takes(size: int, *tensors: Tensor | None) -> bool | str:
             return f"{t.dtype} is not one of float16, bfloat16, float32, float64"
     if size < max(LEAST, 1):
         return f"fewer than {LEAST} elements"
-    return _broken() or True
+    return missing() or True
 
 
 @lru_cache(maxsize=4)

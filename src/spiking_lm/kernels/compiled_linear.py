@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from functools import lru_cache
 from types import ModuleType
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spiking_lm.kernels.compiled import LEAST, nothing, takes
+from spiking_lm.kernels.compiled import missing, nothing, takes
 from spiking_lm.kernels.dispatch import traced
 
 MOST_ROWS = 4
@@ -58,14 +57,8 @@ def takes_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         and weight.is_contiguous()
         and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)))
         and not torch.is_autocast_enabled("cpu")
-        and available()
+        and missing() is None
     )
-
-
-@lru_cache(maxsize=1)
-def available() -> bool:
-    """Return whether compiled code can be had here."""
-    return importlib.util.find_spec("numba") is not None and takes(LEAST) is True
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

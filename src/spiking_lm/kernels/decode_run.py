@@ -10,20 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spiking_lm.kernels import compiled
 from spiking_lm.kernels.decode_plan import Instruction, Plan
 
 Engine = Callable[[int], None]
 """Reads a token: afterwards logits and states are in their places."""
-
-
-def refusal() -> str | None:
-    """Say why compiled code cannot run here, or None when it can."""
-    import importlib.util
-
-    if importlib.util.find_spec("numba") is None:
-        return "numba is not installed: pip install 'spiking-lm[cpu]'"
-    return compiled._broken()
 
 
 class Compiled:
